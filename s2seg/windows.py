@@ -78,9 +78,7 @@ class ChunkSpec:
         """
         for name, value, least in (("core", core, stride), ("step", step, stride), ("depth", depth, 0)):
             if value < least or value % stride:
-                raise InputError(
-                    f"{name}={value} must be a multiple of the model's stride {stride}, at least {least}"
-                )
+                raise InputError(f"{name}={value} must be a multiple of the model's stride {stride}, at least {least}")
         if core % step or core < depth:
             raise InputError(f"core={core} must be a multiple of step={step} and at least depth={depth}")
         return cls(core=core, step=step, before=depth, after=depth, unit=stride, blend=False)
@@ -89,8 +87,8 @@ class ChunkSpec:
     def blended(cls, core: int = 1024, window: int = 256, overlap: int = 64, stride: int = 32) -> ChunkSpec:
         """Windows of a fixed size that overlap and are averaged with a taper.
 
-        The core is rounded down to whole steps of ``window - overlap`` pixels, so that the windows form one lattice over
-        the whole grid and each belongs to the same place whatever the chunks are.
+        The core is rounded down to whole steps of ``window - overlap`` pixels, so that the windows form one lattice
+        over the whole grid and each belongs to the same place whatever the chunks are.
 
         Raises
         ------
@@ -103,9 +101,7 @@ class ChunkSpec:
                 f"and the overlap at most half the window"
             )
         step = window - overlap
-        return cls(
-            core=max(core // step, 1) * step, step=step, before=overlap, after=step, unit=step, blend=True
-        )
+        return cls(core=max(core // step, 1) * step, step=step, before=overlap, after=step, unit=step, blend=True)
 
     @property
     def window(self) -> int:

@@ -56,9 +56,7 @@ def test_chunks_add_up_to_the_padded_axis(spec: ChunkSpec, size: int) -> None:
 def test_overlap_cost_is_what_the_design_says() -> None:
     assert ChunkSpec.trimmed(core=2048, step=2048, depth=64).overlap_cost == pytest.approx(1.129, abs=1e-3)
     assert ChunkSpec.trimmed(core=1024, step=512, depth=64).overlap_cost == pytest.approx(1.5625)
-    assert ChunkSpec.blended(core=1920, window=256, overlap=64).overlap_cost == pytest.approx(
-        (11 * 256 / 1920) ** 2
-    )
+    assert ChunkSpec.blended(core=1920, window=256, overlap=64).overlap_cost == pytest.approx((11 * 256 / 1920) ** 2)
 
 
 @pytest.mark.parametrize(
