@@ -1,0 +1,137 @@
+import json
+
+import pytest
+import shapely
+from shapely.geometry import MultiPolygon, Point, Polygon, box, mapping
+
+from s2seg.errors import InputError
+from s2seg.sources.aoi import parse_aoi
+
+SQUARE = box(15.2, 45.2, 16.2, 46.2)
+BOWTIE = Polygon([(15, 45), (16, 46), (16, 45), (15, 46)])
+WEST_OF_180, EAST_OF_180 = box(179, -17, 180, -16), box(-180, -17, -179, -16)
+
+
+def feature(geometry):
+    return {"type": "Feature", "properties": {}, "geometry": mapping(geometry)}
+
+
+def collection(*geometries, **members):
+    return {"type": "FeatureCollection", "features": [feature(g) for g in geometries], **members}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "15.2,45.2,16.2,46.2",
+        "15.2 45.2 16.2 46.2",
+        " 15.2, 45.2, 16.2, 46.2 ",
+        [15.2, 45.2, 16.2, 46.2],
+        (15.2, 45.2, 16.2, 46.2),
+        SQUARE.wkt,
+        f"SRID=4326;{SQUARE.wkt}",
+        SQUARE,
+        mapping(SQUARE),
+        feature(SQUARE),
+        collection(SQUARE),
+        json.dumps(mapping(SQUARE)),
+        shapely.force_3d(SQUARE, 7.0),
+        shapely.GeometryCollection([SQUARE]),
+    ],
+)
+def test_every_way_of_saying_one_square(given):
+    area = parse_aoi(given)
+    assert area.equals(SQUARE)
+    assert not area.has_z
+
+
+@pytest.mark.parametrize("wrap", [mapping, feature, collection])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_geojson_files(tmp_path, wrap, as_text):
+    path = tmp_path / "area.geojson"
+    path.write_text(json.dumps(wrap(SQUARE)))
+    assert parse_aoi(str(path) if as_text else path).equals(SQUARE)
+
+
+def test_features_are_merged():
+    halves = box(15.2, 45.2, 15.7, 46.2), box(15.7, 45.2, 16.2, 46.2)
+    assert parse_aoi(collection(*halves)).equals(SQUARE)
+    apart = parse_aoi(collection(box(0, 0, 1, 1), box(5, 5, 6, 6)))
+    assert apart.geom_type == "MultiPolygon"
+    assert apart.area == pytest.approx(2)
+
+
+def test_a_crs_member_that_says_lon_lat_is_fine():
+    for name in ("urn:ogc:def:crs:OGC:1.3:CRS84", "EPSG:4326", "urn:ogc:def:crs:EPSG::4326"):
+        assert parse_aoi(collection(SQUARE, crs={"type": "name", "properties": {"name": name}})).equals(SQUARE)
+
+
+def test_bbox_across_the_antimeridian():
+    area = parse_aoi("179,-17,-179,-16")
+    assert isinstance(area, MultiPolygon)
+    assert len(area.geoms) == 2
+    assert area.equals(MultiPolygon([WEST_OF_180, EAST_OF_180]))
+    assert parse_aoi("180,-17,-179,-16").equals(EAST_OF_180)
+    assert parse_aoi("179,-17,-180,-16").equals(WEST_OF_180)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("", "empty"),
+        (Polygon(), "empty"),
+        (collection(), "empty"),
+        ({"type": "Feature", "geometry": None}, "empty"),
+        ("POLYGON EMPTY", "empty"),
+        (BOWTIE, r"Self-intersection at lon 15\.5, lat 45\.5"),
+        (BOWTIE.wkt, r"Self-intersection at lon 15\.5"),
+        (collection(SQUARE, BOWTIE), "Self-intersection"),
+        ("15,46,16,45", "south .* greater than north"),
+        ("45.2,115.2,46.2,116.2", "latitudes .* look swapped"),
+        (Polygon([(45, 115), (46, 115), (46, 116)]), "look swapped"),
+        ("120,100,121,101", "latitudes must lie within"),
+        ("190,45,191,46", "longitudes must lie within .* west > east"),
+        ("500000,5000000,510000,5010000", "looks projected"),
+        (box(500000, 5000000, 510000, 5010000), "looks projected"),
+        ("15,45,15,46", "no area"),
+        ("15,45,15,45", "no area"),
+        (Point(15, 45), "Point has no area; buffer it"),
+        ("LINESTRING (15 45, 16 46)", "LineString has no area"),
+        (collection(SQUARE, Point(15, 45)), "Point has no area"),
+        ("nowhere/area.geojson", "no file"),
+        ("1,2,3", "not four numbers"),
+        ([1, 2, 3, None], "not four numbers"),
+        ("nan,45,16,46", "not finite"),
+        ("POLYGON ((15 45, 16", "not valid WKT"),
+        ("{broken", "not JSON"),
+        ({"features": []}, "no 'type'"),
+        ({"type": "Blob"}, "not a GeoJSON geometry"),
+        ({"type": "Polygon", "coordinates": [[[1, 2]]]}, "not a GeoJSON geometry"),
+        ({"type": "Polygon"}, "not a GeoJSON geometry"),
+    ],
+)
+def test_bad_areas_say_the_fix_in_one_line(given, says):
+    with pytest.raises(InputError, match=says) as caught:
+        parse_aoi(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_swap_is_not_suggested_where_it_would_not_help():
+    with pytest.raises(InputError) as caught:
+        parse_aoi("120,100,121,101")
+    assert "swapped" not in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "area.geojson"
+    path.write_text("POLYGON ((15 45")
+    with pytest.raises(InputError, match=r"area\.geojson is not JSON"):
+        parse_aoi(path)
+    path.write_bytes(b"\xff\xfe\x00PK")
+    with pytest.raises(InputError, match="not text"):
+        parse_aoi(path)
+    path.write_text(json.dumps(collection(SQUARE, crs={"type": "name", "properties": {"name": "EPSG:32633"}})))
+    with pytest.raises(InputError, match="EPSG:32633; reproject"):
+        parse_aoi(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        parse_aoi(tmp_path)
