@@ -1,0 +1,182 @@
+"""Where scenes come from: a few catalogs by name, and any other by its URL or path."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from s2seg.errors import InputError, S2SegError
+
+Kind = Literal["api", "static", "geoparquet", "items"]
+
+_PARQUET = (".parquet", ".geoparquet")
+_JSON = (".json", ".geojson")
+
+
+class CatalogError(S2SegError):
+    """A catalog cannot be read: a server that is down or refuses, a file that is broken.
+
+    Parameters
+    ----------
+    url
+        What was asked for.
+    reason
+        What went wrong, in one line.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    def __str__(self) -> str:
+        return f"cannot read catalog {self.url}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One source of STAC items.
+
+    Parameters
+    ----------
+    name
+        What messages call it.
+    url
+        The root of a STAC API, or the URL or path of a file.
+    collection
+        The collection that is searched unless another is asked for; None means all that a file has, or the
+        Sentinel-2 Level-2A collection of an API.
+    kind
+        ``api``, ``static`` (a tree of JSON files), ``geoparquet`` or ``items`` (an ItemCollection or one item).
+    sign
+        Dotted path of a function that turns an asset's href into one that can be read. It is called inside the
+        reading task, because what it returns expires.
+    """
+
+    name: str
+    url: str
+    collection: str | None = None
+    kind: Kind = "api"
+    sign: str | None = None
+
+
+CATALOGS: dict[str, Catalog] = {
+    catalog.name: catalog
+    for catalog in (
+        # also serves sentinel-2-c1-l2a (reprocessed, with the +1000) and sentinel-2-l1c
+        Catalog("earth-search", "https://earth-search.aws.element84.com/v1", "sentinel-2-l2a"),
+        Catalog(
+            "planetary-computer",
+            "https://planetarycomputer.microsoft.com/api/stac/v1",
+            "sentinel-2-l2a",
+            sign="planetary_computer.sign_url",
+        ),
+        Catalog("cdse", "https://stac.dataspace.copernicus.eu/v1", "sentinel-2-l2a"),
+    )
+}
+
+
+def resolve_catalog(spec: str | Path | Catalog) -> Catalog:
+    """Find a catalog by name, URL or path.
+
+    Parameters
+    ----------
+    spec
+        A key of `CATALOGS`; the URL of a STAC API; the URL or path of a ``catalog.json`` or ``collection.json``, of a
+        stac-geoparquet file, or of an ItemCollection; a folder that holds a ``catalog.json``; or a Catalog.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, or the path is missing or holds no STAC.
+    """
+    if isinstance(spec, Catalog):
+        return spec
+    text = str(spec).strip()
+    if text in CATALOGS:
+        return CATALOGS[text]
+    if "://" in text:
+        return _remote(text)
+    return _local(text)
+
+
+def signer(catalog: Catalog) -> Callable[[str], str] | None:
+    """Import the function that signs this catalog's hrefs, or None where none is needed.
+
+    Raises
+    ------
+    InputError
+        If the package that provides it is not installed.
+    """
+    if catalog.sign is None:
+        return None
+    module, _, function = catalog.sign.rpartition(".")
+    try:
+        sign: Callable[[str], str] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"catalog {catalog.name} needs {catalog.sign} to sign its links ({error}): pip install 's2seg[planetary]'"
+        ) from None
+    return sign
+
+
+def _remote(url: str) -> Catalog:
+    for sibling in CATALOGS.values():  # the same server under its URL keeps its collection and its signing
+        if url.rstrip("/") == sibling.url:
+            return sibling
+    path = url.split("?", 1)[0].lower()
+    if path.endswith(_PARQUET):
+        return Catalog(url, url, kind="geoparquet")
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"catalog {url}: only http(s) URLs, paths and stac-geoparquet files can be read")
+    # a .json may be a tree or an ItemCollection: the search looks at it when it has fetched it
+    return Catalog(url, url, kind="static" if path.endswith(_JSON) else "api")
+
+
+def _local(text: str) -> Catalog:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / "catalog.json"
+    if not path.is_file():
+        raise InputError(_unknown(text, path))
+    if path.suffix.lower() in _PARQUET:
+        return Catalog(text, str(path), kind="geoparquet")
+    return Catalog(text, str(path), kind=stac_kind(_load(path), str(path)))
+
+
+def _load(path: Path) -> object:
+    try:
+        document: object = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"catalog {path} is not JSON ({error}); a STAC catalog is expected") from None
+    except OSError as error:
+        raise InputError(f"catalog {path} cannot be read: {error.strerror or error}") from None
+    return document
+
+
+def stac_kind(document: object, name: str) -> Kind:
+    """Tell from its ``type`` whether a STAC document is a tree's root or a list of items.
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    """
+    kind = document.get("type") if isinstance(document, dict) else None
+    if kind in ("FeatureCollection", "Feature"):
+        return "items"
+    if kind in ("Catalog", "Collection"):
+        return "static"
+    raise InputError(f"catalog {name} is not STAC: its type is {kind!r}, not Catalog, Collection or FeatureCollection")
+
+
+def _unknown(text: str, path: Path) -> str:
+    if "/" in text or path.suffix:
+        return f"catalog {text}: there is no such file ({path.name}); give a name ({', '.join(CATALOGS)}), URL or path"
+    near = difflib.get_close_matches(text.lower(), CATALOGS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown catalog {text!r}; known are {', '.join(CATALOGS)}, or give a URL or path{hint}"
