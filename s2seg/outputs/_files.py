@@ -1,0 +1,114 @@
+"""What every writer shares: refusals up front, files that appear only when complete, class names as identifiers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s2seg.errors import OutputError
+from s2seg.legend import Legend
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is for fsspec (``s3://bucket/map.zarr``) rather than for the local file system."""
+    return "://" in str(path)
+
+
+def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Refuse early what a long computation would otherwise run into at its end.
+
+    Parameters
+    ----------
+    path
+        A local file or folder that is about to be written. Missing parents are fine: a writer makes them.
+    overwrite
+        Whether something may already stand there.
+
+    Returns
+    -------
+    Path
+        The same path.
+
+    Raises
+    ------
+    OutputError
+        If it exists and may not be replaced, or if its nearest existing parent cannot be written to.
+    """
+    path = Path(path)
+    if not overwrite and (path.exists() or path.is_symlink()):
+        raise OutputError(str(path), "it exists already; pass --overwrite (overwrite=True) or choose another path")
+    parent = existing_parent(path)
+    if not parent.is_dir():
+        raise OutputError(str(path), f"{parent} is a file, not a folder; choose another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(str(path), f"no permission to write in {parent}; choose another path")
+    return path
+
+
+def existing_parent(path: Path) -> Path:
+    """Nearest of a path's parents that is there."""
+    return next(p for p in path.absolute().parents if p.exists())
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what the operating system says about a write (disk full, no permission) into an OutputError.
+
+    Keep the block tight: an OSError from reading the input does not belong in it.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise OutputError(str(path), f"{reason}; free some space or choose another path") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that takes the place of ``path`` when the block ends well, and vanishes otherwise."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+    try:
+        yield partial
+        with writing(path):
+            _swap(partial, path)
+    except BaseException:  # also an interrupt: nothing half-written may stay
+        remove(partial, ignore_errors=True)
+        raise
+
+
+def _swap(partial: Path, path: Path) -> None:
+    if partial.is_file() and not path.is_dir():
+        partial.replace(path)
+        return
+    old = path.with_name(f".{path.name}.old")  # a folder cannot be replaced in one step
+    remove(old)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    remove(old)
+
+
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a file or a folder, whichever stands there, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def identifiers(legend: Legend) -> tuple[str, ...]:
+    """Class names as one word each, as CF's ``flag_meanings`` and STAC's ``classification:classes`` want them.
+
+    Letters, digits, ``-`` and ``_`` stay, everything else becomes ``_``; names that collide get their code appended.
+    """
+    words = [re.sub(r"[^0-9A-Za-z-]+", "_", name).strip("_") or "class" for name in legend.names]
+    return tuple(
+        f"{word}_{code}" if words.count(word) > 1 else word for word, code in zip(words, legend.codes, strict=True)
+    )
