@@ -1,0 +1,132 @@
+"""The onnxruntime runtime: foreign networks, with any batch and any window or a fixed one."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from s2seg.errors import ModelError
+from s2seg.models.bundle import ModelBundle
+from s2seg.models.runtimes.answers import argmax, softmax, summarize, trim
+
+# onnxruntime's errors have no common base of their own
+ERRORS: tuple[type[Exception], ...] = tuple(
+    error for error in vars(state).values() if isinstance(error, type) and issubclass(error, Exception)
+)
+
+
+def choose_device(path: str, device: str) -> str:
+    """Settle ``auto``, and refuse CUDA where onnxruntime lacks it; ``path`` is what an error calls the model."""
+    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "auto":
+        return "cuda" if cuda else "cpu"
+    if device.startswith("cuda") and not cuda:
+        raise ModelError(path, "this onnxruntime has no CUDA: pip install onnxruntime-gpu, or use device 'cpu'")
+    return device
+
+
+def start(path: str, network: Path | bytes, device: str = "cpu") -> onnxruntime.InferenceSession:
+    """Open a network from its file, or from memory, where weights in other files cannot be found.
+
+    ``path`` is what an error calls it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised; its warnings are about how the graph was exported
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": number or "0"}))
+    source = network if isinstance(network, bytes) else str(network)
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=providers)
+    except ERRORS as error:
+        if "model_path must not be empty" in str(error):
+            raise ModelError(
+                path, "keeps its weights in other files: export it as one (torch.onnx.export(external_data=False))"
+            ) from error
+        raise ModelError(path, f"onnxruntime cannot open the network: {one_line(error)}") from error
+    if kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise ModelError(path, f"onnxruntime cannot use device {device!r}: use device 'cpu'")
+    return session
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's text without its line breaks."""
+    return " ".join(str(error).split())
+
+
+class OnnxSession:
+    """An ONNX network behind the same face as torch's.
+
+    Parameters
+    ----------
+    bundle
+        One with ``model.onnx``.
+    device
+        ``cpu``, ``cuda`` or ``cuda:1``.
+    precision
+        ``float32``: an ONNX file carries its own precision.
+    """
+
+    def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
+        if precision != "float32":
+            raise ModelError(bundle.path, f"an ONNX network has its own precision: use 'float32', not {precision!r}")
+        self.name = f"onnxruntime {device} {precision}"
+        self._path, self._activation = bundle.path, bundle.spec.activation
+        self._session = start(bundle.path, bundle.weights_path, device)
+        inputs = self._session.get_inputs()[0]
+        self._input, self._output = inputs.name, self._session.get_outputs()[0].name
+        self._batch = inputs.shape[0] if isinstance(inputs.shape[0], int) else None
+        self._window = bundle.spec.window
+        self._a, self._b = (values[:, None, None] for values in bundle.spec.affine())
+        self._codes = bundle.spec.legend.channel_to_code()
+
+    def classify(
+        self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
+    ) -> dict[str, npt.NDArray[np.uint8]]:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        scores = trim(self._scores(windows), crop)
+        if layers == {"class"}:
+            channel, best = argmax(scores)  # the same with or without softmax
+            self._refuse_nan(best)
+            return {"class": self._codes[channel]}
+        return summarize(self._normalize(scores), self._codes, layers)
+
+    def probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        return self._normalize(self._scores(windows))
+
+    def _normalize(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        self._refuse_nan(scores)
+        return softmax(scores) if self._activation == "logits" else scores
+
+    def _scores(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+        """Run the network on stored numbers; return (n, class, y, x) float32."""
+        if self._window is not None and windows.shape[-2:] != (self._window, self._window):
+            height, width = windows.shape[-2:]
+            raise ModelError(self._path, f"takes windows of {self._window} px only, not {height} x {width}")
+        x = windows.astype(np.float32)
+        x *= self._a
+        x += self._b
+        n = len(x)
+        size = self._batch or n
+        answers = [self._run(x[i : i + size], size)[: n - i] for i in range(0, n, size)]
+        return answers[0] if len(answers) == 1 else np.concatenate(answers)
+
+    def _run(self, x: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+        if len(x) < size:  # a network with a fixed batch takes no smaller one: the rest is thrown away
+            x = np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), np.float32)])
+        try:
+            scores: npt.NDArray[np.float32] = self._session.run([self._output], {self._input: x})[0]
+        except ERRORS as error:
+            raise ModelError(self._path, f"onnxruntime failed on {x.shape}: {one_line(error)}") from error
+        return scores
+
+    def _refuse_nan(self, scores: npt.NDArray[np.float32]) -> None:
+        if np.isnan(scores.max()):
+            raise ModelError(self._path, "the network answers with NaN: its weights or scaling are broken")

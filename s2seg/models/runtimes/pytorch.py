@@ -1,0 +1,132 @@
+"""The torch runtime: CPU and CUDA, float32 and bfloat16 (autocast)."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+
+from s2seg.errors import ModelError
+from s2seg.models.bundle import ModelBundle
+from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
+from s2seg.models.unet import build_network
+
+_LISTED = 3  # names of layers in an error: enough to see the pattern
+
+
+def choose_device(path: str, device: str) -> str:
+    """Settle ``auto``, and refuse a device that torch does not see; ``path`` is what an error calls the model."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ModelError(path, f"torch sees no device {device!r} here: use device 'cpu'")
+    return device
+
+
+class TorchSession:
+    """A network on a device: uint16 goes in, uint8 comes out, everything between happens there.
+
+    Parameters
+    ----------
+    bundle
+        One with safetensors weights.
+    device
+        ``cpu``, ``cuda`` or ``cuda:1``.
+    precision
+        ``float32`` or ``bfloat16``.
+    """
+
+    def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
+        self.name = f"torch {device} {precision}"
+        self._path, self._activation = bundle.path, bundle.spec.activation
+        self._device = torch.device(device)
+        self._bfloat16 = precision == "bfloat16"
+        if self._bfloat16 and self._device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise ModelError(bundle.path, f"device {device} has no bfloat16 arithmetic: use precision 'float32'")
+        network = _load_weights(build_network(bundle.spec), bundle).eval().to(self._device)
+        # channels last: measured 1.2 times (float32) and 2.2 times (bfloat16) as fast on a CPU, and cuDNN's choice too
+        self._network = network.to(memory_format=torch.channels_last)
+        a, b = bundle.spec.affine()
+        self._a = torch.from_numpy(a[:, None, None]).to(self._device)
+        self._b = torch.from_numpy(b[:, None, None]).to(self._device)
+        self._codes = torch.from_numpy(bundle.spec.legend.channel_to_code()).to(self._device)
+
+    @torch.inference_mode()
+    def classify(
+        self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
+    ) -> dict[str, npt.NDArray[np.uint8]]:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        scores = self._scores(windows)
+        height, width = scores.shape[-2:]
+        scores = scores[..., crop : height - crop, crop : width - crop]
+        if self._activation == "logits" and layers != {"class"}:
+            scores = torch.softmax(scores, dim=1)  # the class alone is the same without it
+        best, channel = scores.max(dim=1)
+        self._refuse_nan(best)
+        answer: dict[str, torch.Tensor] = {}
+        if "class" in layers:
+            answer["class"] = self._codes[channel]
+        if "confidence" in layers:
+            answer["confidence"] = _quantize(best, CONFIDENCE_STEPS)
+        if "probability" in layers:
+            answer["probability"] = _quantize(scores, PROBABILITY_STEPS)
+        return {layer: np.ascontiguousarray(values.cpu().numpy()) for layer, values in answer.items()}
+
+    @torch.inference_mode()
+    def probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        scores = self._scores(windows)
+        self._refuse_nan(scores.amax(dim=1))
+        if self._activation == "logits":
+            scores = torch.softmax(scores, dim=1)
+        return np.ascontiguousarray(scores.cpu().numpy())
+
+    def _scores(self, windows: npt.NDArray[np.uint16]) -> torch.Tensor:
+        """Run the network on stored numbers; return (n, class, y, x) float32 on the device."""
+        # torch warns of arrays that it must not write to, which is what dask hands out; the copy is two bytes a pixel
+        own = np.require(windows, np.uint16, ("C", "W"))
+        x = torch.from_numpy(own).to(self._device).to(torch.float32, memory_format=torch.channels_last)
+        x.mul_(self._a).add_(self._b)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
+            scores: torch.Tensor = self._network(x)
+        return scores.float()
+
+    def _refuse_nan(self, best: torch.Tensor) -> None:
+        if bool(best.isnan().any()):
+            raise ModelError(self._path, "the network answers with NaN: its weights or scaling are broken")
+
+
+def _quantize(values: torch.Tensor, steps: int) -> torch.Tensor:
+    return (values * steps).round_().clamp_(0, steps).to(torch.uint8)
+
+
+def _load_weights(network: torch.nn.Module, bundle: ModelBundle) -> torch.nn.Module:
+    weights, own = load_file(bundle.weights_path), network.state_dict()
+    problems = [
+        *_listed("layers are missing", own.keys() - weights.keys()),
+        *_listed("layers are unknown", weights.keys() - own.keys()),
+        *_listed(
+            "layers have another shape",
+            {
+                f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}"
+                for name in own.keys() & weights.keys()
+                if weights[name].shape != own[name].shape
+            },
+        ),
+    ]
+    if problems:
+        raise ModelError(bundle.path, f"the weights do not fit {bundle.spec.architecture}: {'; '.join(problems)}")
+    network.load_state_dict(weights)
+    return network
+
+
+def _listed(what: str, names: Set[str]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(sorted(names)[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    return [f"{len(names)} {what} ({shown})"]

@@ -1,0 +1,87 @@
+"""Networks by name: segmentation_models_pytorch's architectures for any number of bands and classes."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from s2seg.errors import ModelError
+from s2seg.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+# set by the spec, or not to be set at all: pretrained weights mean a download, an auxiliary head another output
+_RESERVED = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params"}
+
+
+def build_network(spec: ModelSpec) -> torch.nn.Module:
+    """Build the network that ``spec.architecture`` names, with fresh weights; nothing is downloaded.
+
+    Parameters
+    ----------
+    spec
+        ``architecture`` holds ``name`` (Unet, UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...), ``encoder``
+        (any of segmentation_models_pytorch's, or ``tu-`` and a timm name) and, if wanted, that architecture's own
+        arguments such as ``encoder_depth`` or ``decoder_channels``.
+
+    Raises
+    ------
+    ModelError
+        For a name or argument that does not exist, with the nearest ones that do; or when torch is not installed.
+    """
+    if spec.is_onnx:
+        raise ModelError(spec.name, "an ONNX network is a file, not an architecture that can be built")
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise ModelError(spec.name, "needs torch: pip install 's2seg[torch]'") from error
+    arguments = dict(spec.architecture)
+    name, encoder = str(arguments.pop("name")), str(arguments.pop("encoder", "resnet34"))
+    architecture = smp.MODEL_ARCHITECTURES_MAPPING.get(name.lower())
+    if architecture is None:
+        known = [cls.__name__ for cls in smp.MODEL_ARCHITECTURES_MAPPING.values()]
+        raise ModelError(spec.name, f"unknown architecture {name!r}: {_nearest(name, known)}")
+    _check_encoder(spec, encoder)
+    _check_arguments(spec, architecture, arguments)
+    try:
+        network: torch.nn.Module = architecture(
+            encoder_name=encoder,
+            encoder_weights=None,
+            in_channels=len(spec.bands),
+            classes=len(spec.legend),
+            **arguments,
+        )
+    except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
+        # what the library says of arguments that do not go together
+        raise ModelError(spec.name, f"{name} with {encoder}: {' '.join(str(error).split())}") from error
+    return network
+
+
+def _check_encoder(spec: ModelSpec, encoder: str) -> None:
+    from segmentation_models_pytorch.encoders import get_encoder_names
+
+    known = list(get_encoder_names())
+    if encoder.startswith("tu-"):
+        import timm
+
+        # a timm name can also be a hub address, which would be fetched: only timm's own list counts
+        known = [f"tu-{name}" for name in timm.list_models()]
+    if encoder not in known:
+        raise ModelError(spec.name, f"unknown encoder {encoder!r}: {_nearest(encoder, known)}")
+
+
+def _check_arguments(spec: ModelSpec, architecture: type, arguments: dict[str, Any]) -> None:
+    """Let only the architecture's named arguments through: what lies beyond reaches timm, which loads files."""
+    named = inspect.signature(architecture).parameters.values()
+    allowed = sorted({p.name for p in named if p.kind is not p.VAR_KEYWORD} - _RESERVED)
+    for argument in arguments:
+        if argument not in allowed:
+            raise ModelError(spec.name, f"unknown architecture argument {argument!r}: use {', '.join(allowed)}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(lower[c] for c in close)}?" if close else f"one of {', '.join(known[:12])}, ..."
