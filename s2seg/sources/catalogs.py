@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +80,13 @@ CATALOGS: dict[str, Catalog] = {
     )
 }
 
+SIGNERS: dict[str, str] = {"sentinel2l2a01.blob.core.windows.net": "planetary_computer.sign_url"}
+"""Host of an asset -> dotted path of the function that signs its links.
+
+The host decides, never a field of an item: what an item says must not choose which code runs. A search adds the hosts
+of a Catalog that names its own function.
+"""
+
 
 def resolve_catalog(spec: str | Path | Catalog) -> Catalog:
     """Find a catalog by name, URL or path.
@@ -112,15 +120,23 @@ def signer(catalog: Catalog) -> Callable[[str], str] | None:
     InputError
         If the package that provides it is not installed.
     """
-    if catalog.sign is None:
-        return None
-    module, _, function = catalog.sign.rpartition(".")
+    return load_signer(catalog.sign) if catalog.sign else None
+
+
+@lru_cache
+def load_signer(path: str) -> Callable[[str], str]:
+    """Import a function that signs hrefs by its dotted path.
+
+    Raises
+    ------
+    InputError
+        If it cannot be imported.
+    """
+    module, _, function = path.rpartition(".")
     try:
         sign: Callable[[str], str] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"catalog {catalog.name} needs {catalog.sign} to sign its links ({error}): pip install 's2seg[planetary]'"
-        ) from None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} is needed to sign links ({error}): pip install 's2seg[planetary]'") from None
     return sign
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import pystac
 import shapely
@@ -15,6 +16,7 @@ from shapely.errors import ShapelyError
 from shapely.geometry import shape
 
 from s2seg.errors import InputError, S2SegWarning
+from s2seg.sources.catalogs import SIGNERS
 
 BANDS = {
     "coastal": ("B01", 60),
@@ -163,6 +165,12 @@ def cloud_cover(item: pystac.Item) -> float | None:
     """Read the cloud cover in percent; None where the item does not tell."""
     value = item.properties.get("eo:cloud_cover")
     return None if value is None else float(value)
+
+
+def sign_path(item: pystac.Item) -> str | None:
+    """Name the function that must sign this item's links before a read, as a dotted path; None for open links."""
+    hosts = {urlsplit(asset.href).netloc for asset in item.assets.values()}
+    return next((SIGNERS[host] for host in sorted(hosts) if host in SIGNERS), None)
 
 
 def _names(item: pystac.Item) -> Iterator[str]:

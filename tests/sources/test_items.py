@@ -8,7 +8,7 @@ import pytest
 from shapely.geometry import box, mapping
 
 from s2seg.errors import InputError, S2SegWarning
-from s2seg.sources.items import BANDS, baseline, cloud_cover, epsg, normalize_items, sensing_time, tile
+from s2seg.sources.items import BANDS, baseline, cloud_cover, epsg, normalize_items, sensing_time, sign_path, tile
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
 NATIVE_SHAPE = {10: [10980, 10980], 20: [5490, 5490], 60: [1830, 1830]}
@@ -274,6 +274,13 @@ def test_two_halves_of_a_tile_from_two_ground_stations_are_both_kept():
 )
 def test_baseline(properties, item_id, expected):
     assert baseline(make({}, item_id, **properties)) == expected
+
+
+def test_the_host_decides_who_signs_and_never_the_item():
+    assert sign_path(make({"red": {}})) is None
+    assert sign_path(make({"red": {}}, **{"s2seg:sign": "os.system"})) is None
+    azure = make({"red": {"href": "https://sentinel2l2a01.blob.core.windows.net/sentinel2-l2/B04.tif"}})
+    assert sign_path(azure) == "planetary_computer.sign_url"
 
 
 def test_cloud_cover_and_time():
