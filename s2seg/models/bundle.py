@@ -206,7 +206,7 @@ def refuse_pickle(path: str, file: Path) -> None:
 def _looks_pickled(head: bytes) -> bool:
     # torch.save writes a zip archive; before that, and elsewhere, a pickle opens with its protocol: 0x80 0x02 to 0x05.
     # The same bytes can be a safetensors header's length, but then the header itself follows at byte 8.
-    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] != b"{")
+    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] not in (b"", b"{"))
 
 
 def _parse(path: str, content: bytes) -> tuple[ModelSpec, str]:
