@@ -1,0 +1,354 @@
+"""Read the pixels of one asset onto a grid, as plainly as its geometry allows.
+
+stackstac builds the graph and calls :class:`AssetReader` for each chunk and asset. Most Sentinel-2 reads need no warp: the
+asset's grid is the target grid, or a whole multiple or fraction of it (10, 20 and 60 m). Those are read directly, which
+takes about half the time of a warp; everything else goes through GDAL's warper.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+from affine import Affine
+from rasterio.enums import Resampling
+from rasterio.errors import RasterioError
+from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
+
+from s2seg.errors import ReadError
+from s2seg.sources.catalogs import load_signer
+from s2seg.sources.radiometry import harmonize
+
+ATTEMPTS = 3
+"""How often a read is tried; GDAL's own HTTP retries come on top."""
+
+_OPEN_PER_THREAD = 64
+_ALIGNED = 1e-3
+"""Two grids count as aligned when they differ by less than this share of a pixel."""
+
+_REMOTE = ("http://", "https://", "s3://", "gs://", "az://", "/vsi")
+
+GDAL_ENV: dict[str, Any] = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_MAX_RETRY": 4,
+    "GDAL_HTTP_RETRY_DELAY": 1,
+    "GDAL_HTTP_CONNECTTIMEOUT": 20,
+    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
+    "GDAL_HTTP_MULTIPLEX": "YES",
+    "GDAL_HTTP_VERSION": "2",
+    "GDAL_INGESTED_BYTES_AT_OPEN": 32768,
+    "VSI_CACHE": True,
+    "VSI_CACHE_SIZE": 5_000_000,
+    # decoded blocks kept for the neighbouring chunk; GDAL's own default, 5 % of all memory, grows with the machine
+    "GDAL_CACHEMAX": 256,
+}
+"""GDAL settings for reading: bounded memory, retries on throttling, no directory listings."""
+
+
+@dataclass(frozen=True)
+class AssetRef:
+    """Everything a reader must know of one asset.
+
+    Parameters
+    ----------
+    item_id, band, href
+        Which asset; the href is unsigned.
+    subtract
+        Digital numbers to take off valid pixels (see :mod:`s2seg.sources.radiometry`).
+    resampling
+        How coarser or unaligned pixels reach the grid.
+    sign
+        Dotted path of the function that signs the href just before it is opened, or None.
+    """
+
+    item_id: str
+    band: str
+    href: str
+    subtract: int = 0
+    resampling: Literal["nearest", "bilinear"] = "nearest"
+    sign: str | None = None
+
+    @property
+    def categorical(self) -> bool:
+        """Whether pixel values are codes, which must never be averaged."""
+        return self.band == "scl"
+
+
+class _Handles(threading.local):
+    """Open datasets of this thread, the least recently used closed first (GDAL handles are not shared)."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, rasterio.DatasetReader] = OrderedDict()
+
+    def get(self, href: str, sign: Callable[[str], str] | None) -> rasterio.DatasetReader:
+        if href in self._open:
+            self._open.move_to_end(href)
+            return self._open[href]
+        dataset = rasterio.open(sign(href) if sign else href)
+        self._open[href] = dataset
+        if len(self._open) > _OPEN_PER_THREAD:
+            self._open.popitem(last=False)[1].close()
+        return dataset
+
+    def drop(self, href: str) -> None:
+        dataset = self._open.pop(href, None)
+        if dataset is not None:
+            dataset.close()
+
+
+_handles = _Handles()
+
+
+class AssetReader:
+    """stackstac's reader protocol over :func:`read_window`.
+
+    Parameters
+    ----------
+    url
+        The :class:`AssetRef` (stackstac passes on what its table holds).
+    spec
+        stackstac's ``RasterSpec``: the target grid.
+    """
+
+    def __init__(self, *, url: AssetRef, spec: Any, **_: Any) -> None:
+        self.ref, self.spec = url, spec
+
+    def read(self, window: Window) -> npt.NDArray[np.uint16]:
+        """Pixels (rows, columns) of ``window``, in pixels of the target grid."""
+        return read_window(self.ref, self.spec.epsg, self.spec.transform, window)
+
+    def close(self) -> None:
+        """Nothing to do: handles belong to the thread, not to the reader."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> npt.NDArray[np.uint16]:
+    """Read one asset onto a window of the target grid.
+
+    Parameters
+    ----------
+    ref
+        The asset.
+    epsg, transform
+        The target grid's CRS and its affine transform (north up).
+    window
+        Rows and columns of that grid; parts outside the asset are filled with 0.
+
+    Returns
+    -------
+    ndarray
+        (rows, columns) uint16, harmonised, nodata 0.
+
+    Raises
+    ------
+    ReadError
+        If the asset cannot be opened or read after a bounded number of attempts, or does not hold whole numbers.
+    """
+    # a signed URL expires: the href is signed again with every attempt
+    sign = load_signer(ref.sign) if ref.sign else None
+    remote = ref.href.startswith(_REMOTE)
+    for attempt in range(1, ATTEMPTS + 1):
+        # GDAL remembers a failed open; a new attempt must not be answered from that memory
+        fresh = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/"} if attempt > 1 else {}
+        try:
+            with rasterio.Env(**GDAL_ENV, **fresh):
+                pixels = _read(_handles.get(ref.href, sign), ref, epsg, transform, window)
+            return harmonize(pixels, ref.subtract)
+        except (RasterioError, OSError) as error:
+            _handles.drop(ref.href)
+            if attempt == ATTEMPTS or not remote:
+                raise ReadError(ref.item_id, ref.band, ref.href, _one_line(error)) from error
+            time.sleep(2 ** (attempt - 1) * 0.5)
+    raise AssertionError("unreachable")
+
+
+def _one_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def _read(
+    dataset: rasterio.DatasetReader, ref: AssetRef, epsg: int, transform: Affine, window: Window
+) -> npt.NDArray[np.uint16]:
+    dtype = np.dtype(dataset.dtypes[0])
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        raise ReadError(ref.item_id, ref.band, ref.href, f"holds {dtype.name}, not uint16 digital numbers")
+    ratio = _ratio(dataset, epsg, transform)
+    out = np.zeros((int(window.height), int(window.width)), dtype=np.uint16)
+    if ratio is None:
+        return _warp(dataset, ref, epsg, transform, window, out)
+    if ratio == 1:
+        return _copy(dataset, transform, window, out)
+    if ratio > 1:
+        return _repeat(dataset, transform, window, out, round(ratio), ref.resampling)
+    return _decimate(dataset, transform, window, out, round(1 / ratio), ref.categorical)
+
+
+def _ratio(dataset: rasterio.DatasetReader, epsg: int, transform: Affine) -> float | None:
+    """Asset pixel size over target pixel size where the grids nest, else None."""
+    own = dataset.transform
+    square = abs(own.a + own.e) < 1e-9 and own.b == own.d == 0
+    if not square or dataset.crs is None or dataset.crs.to_epsg() != epsg:
+        return None
+    ratio = own.a / transform.a
+    whole = round(ratio) if ratio >= 1 else round(1 / ratio)
+    if abs((ratio if ratio >= 1 else 1 / ratio) - whole) > 1e-6:
+        return None
+    # a coarse asset pixel may start at any target pixel; a fine asset must let each target pixel start on one of its own
+    unit = min(own.a, transform.a)
+    shifts = (own.c - transform.c) / unit, (own.f - transform.f) / unit
+    return ratio if all(abs(s - round(s)) < _ALIGNED for s in shifts) else None
+
+
+def _offset(dataset: rasterio.DatasetReader, transform: Affine, unit: float) -> tuple[int, int]:
+    """Row and column of the target grid's origin in the asset, in pixels of ``unit`` metres."""
+    own = dataset.transform
+    return round((own.f - transform.f) / unit), round((transform.c - own.c) / unit)
+
+
+def _clip(start: int, size: int, limit: int) -> tuple[slice, slice]:
+    """Part of [start, start + size) within [0, limit): as a slice of the source and of the destination."""
+    low, high = max(start, 0), min(start + size, limit)
+    high = max(low, high)
+    return slice(low, high), slice(low - start, high - start)
+
+
+def _window(rows: slice, cols: slice) -> Window:
+    return Window(cols.start, rows.start, cols.stop - cols.start, rows.stop - rows.start)
+
+
+def _copy(
+    dataset: rasterio.DatasetReader, transform: Affine, window: Window, out: npt.NDArray[np.uint16]
+) -> npt.NDArray[np.uint16]:
+    """Read pixel for pixel."""
+    row0, col0 = _offset(dataset, transform, transform.a)
+    rows, to_rows = _clip(row0 + int(window.row_off), out.shape[0], dataset.height)
+    cols, to_cols = _clip(col0 + int(window.col_off), out.shape[1], dataset.width)
+    if rows.start == rows.stop or cols.start == cols.stop:
+        return out
+    if rows.stop - rows.start == out.shape[0] and cols.stop - cols.start == out.shape[1]:
+        return dataset.read(1, window=_window(rows, cols), out=out)  # type: ignore[no-any-return]
+    out[to_rows, to_cols] = dataset.read(1, window=_window(rows, cols))
+    return out
+
+
+def _repeat(
+    dataset: rasterio.DatasetReader,
+    transform: Affine,
+    window: Window,
+    out: npt.NDArray[np.uint16],
+    factor: int,
+    resampling: str,
+) -> npt.NDArray[np.uint16]:
+    """Bring coarser pixels (20 or 60 m) to the finer grid, each repeated or interpolated."""
+    row0, col0 = _offset(dataset, transform, transform.a)
+    top, left = row0 + int(window.row_off), col0 + int(window.col_off)
+    margin = 1 if resampling == "bilinear" else 0
+    rows, to_rows = _clip(
+        floor(top / factor) - margin, _covering(top, out.shape[0], factor) + 2 * margin, dataset.height
+    )
+    cols, to_cols = _clip(
+        floor(left / factor) - margin, _covering(left, out.shape[1], factor) + 2 * margin, dataset.width
+    )
+    if rows.start == rows.stop or cols.start == cols.stop:
+        return out
+    coarse = dataset.read(1, window=_window(rows, cols))
+    fine = _interpolate(coarse, factor) if margin else coarse.repeat(factor, axis=0).repeat(factor, axis=1)
+    from_rows, put_rows = _clip(top - rows.start * factor, out.shape[0], fine.shape[0])
+    from_cols, put_cols = _clip(left - cols.start * factor, out.shape[1], fine.shape[1])
+    out[put_rows, put_cols] = fine[from_rows, from_cols]
+    return out
+
+
+def _covering(start: int, size: int, factor: int) -> int:
+    """How many coarse pixels touch [start, start + size) fine ones."""
+    return ceil((start + size) / factor) - floor(start / factor)
+
+
+def _interpolate(coarse: npt.NDArray[Any], factor: int) -> npt.NDArray[np.uint16]:
+    """Bilinear between pixel centres; nodata (0) does not bleed into its neighbours."""
+    value = coarse.astype(np.float32)
+    weight = (coarse > 0).astype(np.float32)
+    for axis in (0, 1):
+        value, weight = _interpolate_axis(value, factor, axis), _interpolate_axis(weight, factor, axis)
+    mean = np.divide(value, weight, out=np.zeros_like(value), where=weight > 0)
+    nearest_valid = (coarse > 0).repeat(factor, axis=0).repeat(factor, axis=1)
+    return np.where(nearest_valid, np.rint(mean), 0).astype(np.uint16)
+
+
+def _interpolate_axis(a: npt.NDArray[np.float32], factor: int, axis: int) -> npt.NDArray[np.float32]:
+    n = a.shape[axis]
+    at = (np.arange(n * factor) + 0.5) / factor - 0.5
+    low = np.clip(np.floor(at).astype(int), 0, n - 1)
+    high = np.minimum(low + 1, n - 1)
+    share = np.clip(at - low, 0, 1).astype(np.float32)
+    share = share.reshape((-1, 1) if axis == 0 else (1, -1))
+    return a.take(low, axis) * (1 - share) + a.take(high, axis) * share
+
+
+def _decimate(
+    dataset: rasterio.DatasetReader,
+    transform: Affine,
+    window: Window,
+    out: npt.NDArray[np.uint16],
+    factor: int,
+    categorical: bool,
+) -> npt.NDArray[np.uint16]:
+    """Read onto a coarser grid: the mean of the valid pixels, or the nearest code; overviews serve where they exist."""
+    row0, col0 = _offset(dataset, transform, dataset.transform.a)
+    # only whole target pixels are read this way, so that the mean is taken over the same pixels whatever the window
+    rows, to_rows = _clip_coarse(row0 + int(window.row_off) * factor, out.shape[0], dataset.height, factor)
+    cols, to_cols = _clip_coarse(col0 + int(window.col_off) * factor, out.shape[1], dataset.width, factor)
+    shape = to_rows.stop - to_rows.start, to_cols.stop - to_cols.start
+    if 0 in shape:
+        return out
+    resampling = Resampling.nearest if categorical else Resampling.average
+    out[to_rows, to_cols] = dataset.read(1, window=_window(rows, cols), out_shape=shape, resampling=resampling)
+    return out
+
+
+def _clip_coarse(start: int, size: int, limit: int, factor: int) -> tuple[slice, slice]:
+    """Like :func:`_clip` for ``size`` coarse pixels of ``factor`` fine ones each, cut at whole coarse pixels."""
+    first = max(0, ceil(-start / factor))
+    last = min(size, floor((limit - start) / factor))
+    last = max(first, last)
+    return slice(start + first * factor, start + last * factor), slice(first, last)
+
+
+def _warp(
+    dataset: rasterio.DatasetReader,
+    ref: AssetRef,
+    epsg: int,
+    transform: Affine,
+    window: Window,
+    out: npt.NDArray[np.uint16],
+) -> npt.NDArray[np.uint16]:
+    """Resample between grids that do not nest: another UTM zone, or a shifted origin."""
+    resampling = Resampling.nearest if ref.categorical else Resampling[ref.resampling]
+    if not ref.categorical and transform.a > 1.5 * dataset.transform.a:
+        resampling = Resampling.average
+    with WarpedVRT(
+        dataset,
+        crs=f"EPSG:{epsg}",
+        transform=transform @ Affine.translation(window.col_off, window.row_off),
+        height=out.shape[0],
+        width=out.shape[1],
+        resampling=resampling,
+        src_nodata=0,
+        nodata=0,
+    ) as warped:
+        return warped.read(1, out=out)  # type: ignore[no-any-return]
