@@ -86,7 +86,7 @@ def test_relative_paths_survive_a_change_of_folder(folder, monkeypatch):
 
 
 def test_saving_again_needs_overwrite(folder, spec, other_spec, weights):
-    with pytest.raises(OutputError, match="a model is there already.*--overwrite"):
+    with pytest.raises(OutputError, match=r"a model is there already.*--overwrite"):
         save_bundle(folder, spec, weights)
     assert save_bundle(folder, other_spec(depth=32), weights, overwrite=True).spec.depth == 32
     assert [p.name for p in folder.parent.iterdir()] == ["model"]

@@ -1,0 +1,283 @@
+import pickle
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from dask.base import tokenize
+
+from s2seg.errors import ModelError
+from s2seg.models import SessionRef, available_runtimes, import_onnx, load_model, open_session, save_bundle, summarize
+from s2seg.models import runtimes as runtimes_module
+from s2seg.models.runtimes import LAYERS
+from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
+
+CODES = np.array(LEGEND.codes, np.uint8)
+ALL = frozenset(LAYERS)
+
+
+def expected_layers(probabilities: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "class": CODES[probabilities.argmax(axis=1)],
+        "confidence": np.rint(probabilities.max(axis=1) * 100).astype(np.uint8),
+        "probability": np.rint(probabilities * 250).astype(np.uint8),
+    }
+
+
+def assert_layers_agree(answer, expected):
+    """Equal but for what float32 rounding can do: one pixel in ten thousand, one step."""
+    assert answer.keys() == expected.keys()
+    for layer, values in answer.items():
+        assert values.dtype == np.uint8
+        assert values.shape == expected[layer].shape
+    assert np.mean(answer["class"] != expected["class"]) <= 1e-4
+    for layer in ("confidence", "probability"):
+        assert np.abs(answer[layer].astype(int) - expected[layer]).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def free(onnx_free, facts, tmp_path_factory):
+    return import_onnx(onnx_free, tmp_path_factory.mktemp("free") / "m", **facts)
+
+
+@pytest.fixture(scope="module")
+def fixed(onnx_fixed, facts, tmp_path_factory):
+    return import_onnx(onnx_fixed, tmp_path_factory.mktemp("fixed") / "m", **facts)
+
+
+@pytest.fixture(params=["torch", "onnxruntime"])
+def session(request, bundle, free):
+    return open_session(bundle if request.param == "torch" else free)
+
+
+def test_layers_against_a_plain_computation(session, spec, network):
+    dn = smooth_pixels(1, n=2)
+    expected = expected_layers(expected_probabilities(spec, network, dn))
+    assert {len(np.unique(expected[layer])) > 2 for layer in expected} == {True}  # a task with something to get wrong
+    assert_layers_agree(session.classify(dn, 0, ALL), expected)
+
+
+def test_probabilities_against_a_plain_computation(session, spec, network):
+    dn = smooth_pixels(2, n=2)
+    answer = session.probabilities(dn)
+    assert answer.dtype == np.float32
+    assert answer.flags.c_contiguous
+    np.testing.assert_allclose(answer, expected_probabilities(spec, network, dn), atol=1e-4)
+
+
+def test_numbers_above_int16_are_not_negative(session, spec, network):
+    dn = np.full((1, 4, 64, 64), 2500, np.uint16)
+    dn[:, :, 20:40, 20:40] = [[[[65535]], [[40000]], [[32768]], [[50000]]]]
+    expected = expected_probabilities(spec, network, dn)
+    np.testing.assert_allclose(session.probabilities(dn), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("crop", [0, 16, 31])
+def test_crop_drops_borders_after_the_network(session, crop):
+    dn = smooth_pixels(3)
+    whole, cropped = session.classify(dn, 0, ALL), session.classify(dn, crop, ALL)
+    for layer in ALL:
+        np.testing.assert_array_equal(cropped[layer], whole[layer][..., crop : 128 - crop, crop : 128 - crop])
+        assert cropped[layer].flags.c_contiguous
+
+
+def test_only_what_is_asked_for(session):
+    dn = smooth_pixels(4)
+    whole = session.classify(dn, 0, ALL)
+    for layer in LAYERS:
+        answer = session.classify(dn, 0, frozenset([layer]))
+        assert answer.keys() == {layer}
+        np.testing.assert_array_equal(answer[layer], whole[layer])
+
+
+def test_input_is_left_alone(session):
+    for dn in (smooth_pixels(5), smooth_pixels(5)[:, :, ::-1], smooth_pixels(5).astype(">u2")):
+        dn.flags.writeable = False  # as dask hands arrays out
+        before = dn.copy()
+        answer = session.classify(dn, 0, frozenset(["class"]))["class"]
+        np.testing.assert_array_equal(dn, before)
+        dense = np.ascontiguousarray(dn).astype(np.uint16)
+        np.testing.assert_array_equal(answer, session.classify(dense, 0, frozenset(["class"]))["class"])
+
+
+def test_onnxruntime_agrees_with_torch(bundle, free):
+    dn = smooth_pixels(6, n=4)
+    assert_layers_agree(open_session(free).classify(dn, 0, ALL), open_session(bundle).classify(dn, 0, ALL))
+
+
+def test_bfloat16_agrees_with_float32(bundle):
+    dn = smooth_pixels(7, n=8)
+    full = open_session(bundle).classify(dn, 32, ALL)
+    half = open_session(bundle, precision="bfloat16").classify(dn, 32, ALL)
+    assert np.mean(half["class"] == full["class"]) >= 0.995
+    difference = np.abs(half["confidence"].astype(int) - full["confidence"])
+    assert difference.mean() < 0.5
+    assert difference.max() > 0  # it is another arithmetic
+
+
+def test_fixed_window_and_batch_of_one(fixed, spec, network):
+    session = open_session(fixed)
+    assert (fixed.spec.window, fixed.spec.depth, fixed.spec.stride) == (64, 0, 32)
+    dn = smooth_pixels(8, n=3, side=64)
+    assert_layers_agree(session.classify(dn, 0, ALL), expected_layers(expected_probabilities(spec, network, dn)))
+    with pytest.raises(ModelError, match="takes windows of 64 px only, not 128 x 128"):
+        session.classify(smooth_pixels(8), 0, ALL)
+
+
+def test_fixed_batch_of_two(network, spec, facts, tmp_path):
+    session = open_session(import_onnx(export(network, tmp_path / "n.onnx", batch=2), tmp_path / "m", **facts))
+    for n in (1, 2, 3):
+        dn = smooth_pixels(9, n=n, side=64)
+        np.testing.assert_allclose(session.probabilities(dn), expected_probabilities(spec, network, dn), atol=1e-4)
+
+
+def test_a_network_that_answers_probabilities(network, spec, facts, tmp_path):
+    file = export(torch.nn.Sequential(network, torch.nn.Softmax(dim=1)).eval(), tmp_path / "n.onnx", dynamic=True)
+    session = open_session(import_onnx(file, tmp_path / "m", **facts, activation="probabilities"))
+    dn = smooth_pixels(10)
+    assert_layers_agree(session.classify(dn, 0, ALL), expected_layers(expected_probabilities(spec, network, dn)))
+
+
+def test_broken_weights_do_not_make_a_map(spec, network, tmp_path, facts):
+    weights = {name: values.clone() for name, values in network.state_dict().items()}
+    weights["segmentation_head.0.bias"][1] = torch.nan
+    session = open_session(save_bundle(tmp_path / "m", spec, weights))
+    for layers in (frozenset(["class"]), ALL):
+        with pytest.raises(ModelError, match="answers with NaN"):
+            session.classify(smooth_pixels(11, side=64), 0, layers)
+    with pytest.raises(ModelError, match="answers with NaN"):
+        session.probabilities(smooth_pixels(11, side=64))
+
+
+def test_summarize_by_hand():
+    probabilities = np.array([[0.2, 0.5, 0.004], [0.3, 0.5, 0.992], [0.5, 0.0, 1.0000001]], np.float32)
+    answer = summarize(probabilities.reshape(1, 3, 1, 3), CODES, ALL)
+    assert answer["class"].tolist() == [[[200, 7, 200]]]  # the first of equals
+    assert answer["confidence"].tolist() == [[[50, 50, 100]]]
+    assert answer["probability"].reshape(3, 3).tolist() == [[50, 125, 1], [75, 125, 248], [125, 0, 250]]
+
+
+def test_weights_that_do_not_fit(spec, network, tmp_path):
+    weights = dict(network.state_dict())
+    weights["segmentation_head.0.weight"] = torch.zeros(5, 16, 3, 3)
+    weights["extra.weight"] = weights.pop("segmentation_head.0.bias")
+    with pytest.raises(ModelError) as caught:
+        open_session(save_bundle(tmp_path / "m", spec, weights))
+    for part in (
+        "1 layers are missing (segmentation_head.0.bias)",
+        "1 layers are unknown (extra.weight)",
+        "1 layers have another shape (segmentation_head.0.weight [5, 16, 3, 3] instead of [3, 16, 3, 3])",
+    ):
+        assert part in str(caught.value)
+
+
+def test_weights_for_another_encoder(other_spec, network, tmp_path):
+    changed = other_spec(architecture={"name": "Unet", "encoder": "resnet18"})
+    with pytest.raises(ModelError, match=r"layers are missing .*, ...*layers are unknown"):
+        open_session(save_bundle(tmp_path / "m", changed, network.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"runtime": "tensorflow"}, "unknown runtime 'tensorflow': auto, torch, onnxruntime"),
+        ({"runtime": "onnxruntime"}, "weights.safetensors does not run on onnxruntime: use runtime 'torch'"),
+        ({"precision": "int8"}, "unknown precision 'int8'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"device": "cuda:99"}, "torch sees no device 'cuda:99' here: use device 'cpu'"),
+    ],
+)
+def test_choices_that_cannot_be_had(bundle, choice, message):
+    with pytest.raises(ModelError, match=message):
+        open_session(bundle, **choice)
+
+
+def test_onnx_choices_that_cannot_be_had(free):
+    with pytest.raises(ModelError, match=r"model\.onnx does not run on torch: use runtime 'onnxruntime'"):
+        open_session(free, "torch")
+    with pytest.raises(ModelError, match="use 'float32', not 'bfloat16'"):
+        open_session(free, precision="bfloat16")
+
+
+def test_a_runtime_that_is_not_installed(bundle, monkeypatch):
+    monkeypatch.setitem(runtimes_module._MODULES, "torch", ("no_such_module",))
+    assert available_runtimes() == ("onnxruntime",)
+    with pytest.raises(ModelError, match=r"needs torch, which is not installed: pip install 's2seg\[torch\]'"):
+        open_session(bundle)
+
+
+def test_one_session_per_process(bundle, tmp_path, spec, network):
+    first = open_session(bundle)
+    assert first.name == "torch cpu float32"
+    assert open_session(bundle, "torch", "cpu", "float32") is first
+    assert open_session(load_model(bundle.path)) is first
+    assert open_session(bundle, precision="bfloat16") is not first
+    elsewhere = save_bundle(tmp_path / "copy", spec, network.state_dict())
+    assert open_session(elsewhere) is first  # the same content under another path
+
+
+def test_threads_open_one_session(spec, network, tmp_path):
+    changed = replace(spec, name="another one")
+    ref = SessionRef(*(lambda b: (b.path, b.sha256))(save_bundle(tmp_path / "m", changed, network.state_dict())))
+    opened, start = [], threading.Barrier(4)
+
+    def task():
+        start.wait()
+        opened.append(ref.open())
+
+    threads = [threading.Thread(target=task) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 4
+    assert len({id(session) for session in opened}) == 1
+
+
+def test_ref_travels_and_opens_the_same_session(bundle):
+    ref = SessionRef(bundle.path, bundle.sha256)
+    travelled = pickle.loads(pickle.dumps(ref))
+    assert len(pickle.dumps(ref)) < 1000
+    assert tokenize(travelled) == tokenize(ref) != tokenize(replace(ref, sha256="0" * 64))
+    assert travelled.open() is ref.open() is open_session(bundle)
+
+
+def test_ref_notices_another_model_in_the_same_place(tmp_path, other_spec, network):
+    first = save_bundle(tmp_path / "m", other_spec(name="first"), network.state_dict())
+    ref = SessionRef(first.path, first.sha256)
+    save_bundle(tmp_path / "m", other_spec(name="second"), network.state_dict(), overwrite=True)
+    with pytest.raises(ModelError, match="has changed since this run began"):
+        ref.open()
+
+
+def test_an_onnx_model_never_loads_torch(free):
+    code = (
+        "import sys, numpy as np; from s2seg.models import *; s = open_session(load_model(sys.argv[1]));"
+        "s.classify(np.ones((1, 4, 64, 64), np.uint16), 0, {'class', 'confidence'});"
+        "print(s.name, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, free.path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "onnxruntime cpu float32 False"
+    assert done.stderr == ""
+
+
+def test_a_damaged_onnx_file_is_noticed_before_it_runs(free, tmp_path):
+    target = tmp_path / "m"
+    target.mkdir()
+    for file in free.folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    content = bytearray((target / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (target / "model.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match="SHA-256"):
+        load_model(target)
+
+
+def test_saved_weights_are_the_networks_own(bundle, network):
+    stored = safetensors.numpy.load_file(bundle.weights_path)
+    for name, values in network.state_dict().items():
+        np.testing.assert_array_equal(stored[name], values.numpy())

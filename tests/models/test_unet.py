@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from s2seg.errors import ModelError
+from s2seg.legend import BUILTIN
+from s2seg.models import build_network
+
+
+def test_bands_and_classes_shape_the_network(other_spec):
+    net = build_network(other_spec(legend=BUILTIN["worldcover"])).eval()
+    with torch.inference_mode():
+        assert net(torch.zeros(2, 4, 64, 96)).shape == (2, 11, 64, 96)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"name": "unet", "encoder": "resnet18", "encoder_depth": 3, "decoder_channels": [32, 16, 8]},
+        {"name": "FPN", "encoder": "mobilenet_v2"},
+        {"name": "Unet", "encoder": "tu-mobilenetv3_small_050"},
+    ],
+)
+def test_other_architectures(other_spec, architecture):
+    net = build_network(other_spec(architecture=architecture)).eval()
+    with torch.inference_mode():
+        assert net(torch.zeros(1, 4, 64, 64)).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"name": "Unett", "encoder": "resnet18"}, "unknown architecture 'Unett': did you mean Unet"),
+        ({"name": "Unet", "encoder": "mobilnet_v2"}, "unknown encoder 'mobilnet_v2': did you mean mobilenet_v2"),
+        ({"name": "Unet", "encoder": "tu-resnet18x"}, "unknown encoder 'tu-resnet18x': did you mean tu-resnet18"),
+        ({"name": "Unet", "encoder": "qqqqq"}, "unknown encoder 'qqqqq': one of resnet18"),
+        ({"name": "Unet", "encoder": "resnet18", "decoder_chanels": [1]}, "unknown architecture argument"),
+        ({"name": "Unet", "encoder": "resnet18", "decoder_channels": [8, 8]}, "Unet with resnet18: "),
+        ({"name": "onnx"}, "an ONNX network is a file"),
+        # roads by which a bundle could fetch or open files
+        ({"name": "Unet", "encoder": "resnet18", "encoder_weights": "imagenet"}, "unknown architecture argument"),
+        ({"name": "Unet", "encoder": "tu-hf-hub:someone/net"}, "unknown encoder"),
+        ({"name": "Unet", "encoder": "tu-resnet18", "checkpoint_path": "x.pth"}, "unknown architecture argument"),
+    ],
+)
+def test_what_cannot_be_built_is_named(other_spec, architecture, message):
+    with pytest.raises(ModelError, match=message):
+        build_network(other_spec(architecture=architecture))
