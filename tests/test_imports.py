@@ -11,10 +11,10 @@ import pytest
 import s2seg
 
 LAYERS = [
-    *("errors", "legend", "windows", "sources", "models", "outputs", "predict"),
+    *("errors", "legend", "windows", "sources", "models", "outputs", "inference"),
     *("postprocess", "assess", "training", "pipeline", "jobs", "cli", "testing"),
 ]
-KNOW_TORCH = {"models", "predict", "training"}
+KNOW_TORCH = {"models", "inference", "training"}
 TORCH = {"torch", "torchvision", "segmentation_models_pytorch", "timm", "pytorch_lightning", "lightning"}
 
 

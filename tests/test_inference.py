@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from s2seg.errors import InputError, MissingBandError
 from s2seg.models.bundle import ModelBundle
-from s2seg.predict import chunks_for, predict
+from s2seg.inference import chunks_for, predict
 from s2seg.windows import ChunkSpec
 from tests.tiny import LEGEND, tiny_onnx
 

@@ -171,11 +171,14 @@ def _pad(data: da.Array, size: tuple[int, int], spec: ChunkSpec, margin: Margin)
             keep = slice(max(-before, 0), data.shape[axis] + min(after, 0))
             data = data[(slice(None),) * axis + (keep,)]
             before, after = max(before, 0), max(after, 0)
-        while before or after:
-            # an area smaller than its context is reflected more than once
-            widths = min(before, data.shape[axis]), min(after, data.shape[axis])
-            data = da.pad(data, [widths if i == axis else (0, 0) for i in range(3)], mode="symmetric")
-            before, after = before - widths[0], after - widths[1]
+        widths = [(before, after) if i == axis else (0, 0) for i in range(3)]
+        if max(before, after) > data.shape[axis]:
+            # an area smaller than its context is reflected again and again, which only NumPy does
+            chunks = [*data.chunks]
+            chunks[axis] = (before + data.shape[axis] + after,)
+            data = data.rechunk({axis: -1}).map_blocks(np.pad, widths, mode="symmetric", chunks=chunks, meta=data._meta)
+        elif before or after:
+            data = da.pad(data, widths, mode="symmetric")
     return data.rechunk({0: -1, 1: spec.chunks(size[0]), 2: spec.chunks(size[1])})
 
 
