@@ -162,7 +162,7 @@ class _Api:
             return {"query": {"eo:cloud_cover": {"lte": clouds}}}
         if self.client.conforms_to("FILTER"):
             condition = {"op": "<=", "args": [{"property": "eo:cloud_cover"}, clouds]}
-            return {"filter": condition, "filter_lang": "cql2-json", "method": "POST"}
+            return {"filter": condition, "filter_lang": "cql2-json"}
         return {}
 
 

@@ -84,7 +84,7 @@ def search(
     items = normalize_items(found)
     if source.sign is not None:
         hosts = {urlsplit(asset.href).netloc for item in items for asset in item.assets.values()}
-        SIGNERS.update(dict.fromkeys(hosts - SIGNERS.keys(), source.sign))
+        SIGNERS.update(dict.fromkeys(hosts - {"", *SIGNERS}, source.sign))  # local files have no host
     return items
 
 

@@ -438,6 +438,10 @@ def test_a_catalog_with_its_own_signing(make_item, save_items, monkeypatch):
     catalog = Catalog("mine", str(save_items([make_item("a")])), kind="items", sign="posixpath.normpath")
     (item,) = search(catalog, AOI, AUGUST)
     assert sign_path(item) == "posixpath.normpath"
+    local = make_item("local")
+    local.assets["red"].href = "B04.tif"
+    (item,) = search(Catalog("mine", str(save_items([local])), kind="items", sign="posixpath.normpath"), AOI, AUGUST)
+    assert sign_path(item) is None
     del SIGNERS["x.test"]
 
 
