@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,11 @@ def import_onnx(
     if not path.is_file():
         raise ModelError(str(file), "there is no such file")
     refuse_pickle(str(file), path)
-    content = path.read_bytes()
-    session = onnxrt.start(str(file), content)
+    with tempfile.TemporaryDirectory() as alone:  # where a network that needs other files cannot find them
+        session = onnxrt.start(str(file), Path(shutil.copy(path, alone)))
     form = _check_input(str(file), session, len(bands))
     _check_answers(str(file), session, form, len(bands), legend, activation)
-    graph = _graph(content)
+    graph = _graph(path)
     stride = _STRIDE if form.window is None or form.window % _STRIDE == 0 else 1
     spec = ModelSpec(
         name=name,
@@ -234,13 +235,13 @@ def _shown(shape: Sequence[int | None]) -> str:
     return f"({', '.join('?' if size is None else str(size) for size in shape)})"
 
 
-def _graph(content: bytes) -> onnx.ModelProto | None:
+def _graph(path: Path) -> onnx.ModelProto | None:
     """Read the graph where the package onnx is installed."""
     if not importlib.util.find_spec("onnx"):
         return None
     import onnx
 
-    return onnx.load_model_from_string(content)
+    return onnx.load_model(path)
 
 
 # attention, and norms that take their statistics from the window

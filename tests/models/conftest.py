@@ -42,6 +42,8 @@ def spec() -> ModelSpec:
 @pytest.fixture(scope="session")
 def network(spec):
     """The network in evaluation mode, fitted to tell dark, middle and bright landscape apart."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: threads would mostly wait for each other
     torch.manual_seed(0)
     net = build_network(spec).train()
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
@@ -52,6 +54,7 @@ def network(spec):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    torch.set_num_threads(threads)
     return net.eval()
 
 

@@ -306,7 +306,7 @@ def test_describe_says_what_a_person_asks(bundle):
 def test_models_and_bundles_load_no_runtime(folder):
     code = (
         "import sys, s2seg.models as m; b = m.load_model(sys.argv[1]); m.describe(b); m.available_runtimes();"
-        "print(sorted({'torch', 'onnxruntime', 'onnx', 'timm', 'dask'} & set(sys.modules)))"
+        "print(sorted({'torch', 'onnxruntime', 'onnx', 'timm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

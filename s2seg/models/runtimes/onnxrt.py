@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Set
 from pathlib import Path
 
@@ -30,22 +31,18 @@ def choose_device(path: str, device: str) -> str:
     return device
 
 
-def start(path: str, network: Path | bytes, device: str = "cpu") -> onnxruntime.InferenceSession:
-    """Open a network from its file, or from memory, where weights in other files cannot be found.
-
-    ``path`` is what an error calls it.
-    """
+def start(path: str, network: Path, device: str = "cpu") -> onnxruntime.InferenceSession:
+    """Open the file ``network`` on a device; ``path`` is what an error calls it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; its warnings are about how the graph was exported
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     kind, _, number = device.partition(":")
     if kind == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number or "0"}))
-    source = network if isinstance(network, bytes) else str(network)
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=providers)
+        session = onnxruntime.InferenceSession(str(network), options, providers=providers)
     except ERRORS as error:
-        if "model_path must not be empty" in str(error):
+        if "external data" in str(error).lower():
             raise ModelError(
                 path, "keeps its weights in other files: export it as one (torch.onnx.export(external_data=False))"
             ) from error
@@ -56,8 +53,8 @@ def start(path: str, network: Path | bytes, device: str = "cpu") -> onnxruntime.
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's text without its line breaks."""
-    return " ".join(str(error).split())
+    """Return an error's text as one line that fits a screen."""
+    return textwrap.shorten(str(error), 400)
 
 
 class OnnxSession:
