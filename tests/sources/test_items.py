@@ -103,6 +103,9 @@ def test_suffixed_and_jp2_twins_do_not_displace_the_main_asset():
         "red-jp2": {"type": "image/jp2", "href": "https://x.test/B04.jp2"},
     }
     assert hrefs(normal(assets)) == {"blue": "blue.tif", "red": "B04.jp2"}
+    assert hrefs(normal({"B04": {"type": "image/jp2", "href": "https://x.test/B04.jp2"}, "red": {}})) == {
+        "red": "red.tif"
+    }
 
 
 def test_band_metadata_of_stac_1_0_and_1_1():
