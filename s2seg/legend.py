@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class LandClass:
     color: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.code, int) or not 0 <= self.code <= 255:
+        if not isinstance(self.code, int) or isinstance(self.code, bool) or not 0 <= self.code <= 255:
             raise InputError(f"class {self.name!r}: code {self.code!r} is not a whole number from 0 to 255")
         if not _COLOR.fullmatch(self.color):
             raise InputError(f"class {self.name!r}: color {self.color!r} is not of the form #rrggbb")
@@ -78,7 +78,7 @@ class Legend:
     def __post_init__(self) -> None:
         if not self.classes:
             raise InputError(f"legend {self.name!r} has no classes")
-        if not isinstance(self.nodata, int) or not 0 <= self.nodata <= 255:
+        if not isinstance(self.nodata, int) or isinstance(self.nodata, bool) or not 0 <= self.nodata <= 255:
             raise InputError(f"legend {self.name!r}: nodata {self.nodata!r} is not a whole number from 0 to 255")
         for what, values in (("code", self.codes), ("name", self.names)):
             repeated = sorted({v for v in values if values.count(v) > 1}, key=str)
@@ -92,6 +92,10 @@ class Legend:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def __iter__(self) -> Iterator[LandClass]:
+        # spelled out, because Python would otherwise count codes up from 0 with __getitem__
+        return iter(self.classes)
 
     def __getitem__(self, code: int) -> LandClass:
         for c in self.classes:
@@ -173,8 +177,12 @@ class Legend:
             raise InputError(f"unknown legend {str(name_or_path)!r}: give a YAML file or one of {', '.join(BUILTIN)}")
         try:
             values = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise InputError(f"legend {path} cannot be read: {error.strerror or error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"legend {path} is not YAML: {' '.join(str(error).split())}") from error
+        if isinstance(values, Mapping):
+            values = {"name": path.stem, **values}
         return cls.from_dict(values, where=str(path))
 
 
