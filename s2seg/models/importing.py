@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ def import_onnx(
     std: Sequence[float],
     legend: Legend,
     scale: float = 1e-4,
-    activation: Literal["logits", "probabilities"] = "logits",
+    activation: str = "logits",
     depth: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -109,8 +109,8 @@ def import_onnx(
 def import_csmask(
     output: str | Path,
     *,
-    variant: Literal["4-band", "6-band"] = "4-band",
-    level: Literal["l2a", "l1c"] = "l2a",
+    variant: str = "4-band",
+    level: str = "l2a",
     overwrite: bool = False,
 ) -> ModelBundle:
     """Wrap a cloud and cloud shadow network of the package ukis-csmask (Wieland et al. 2019; Apache-2.0).

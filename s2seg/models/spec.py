@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +78,7 @@ class ModelSpec:
     std: tuple[float, ...]
     architecture: Mapping[str, Any]
     scale: float = 1e-4
-    activation: Literal["logits", "probabilities"] = "logits"
+    activation: str = "logits"
     stride: int = 32
     depth: int = 64
     window: int | None = None

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +18,12 @@ from s2seg.models.runtimes.answers import LAYERS, summarize
 
 __all__ = [
     "LAYERS",
-    "Device",
-    "Precision",
-    "Runtime",
     "Session",
     "SessionRef",
     "available_runtimes",
     "open_session",
     "summarize",
 ]
-
-Runtime = Literal["auto", "torch", "onnxruntime"]
-Precision = Literal["auto", "float32", "bfloat16"]
-Device = str
-"""``auto``, ``cpu``, ``cuda`` or ``cuda:1``."""
 
 _MODULES = {"torch": ("torch", "segmentation_models_pytorch"), "onnxruntime": ("onnxruntime",)}
 _EXTRAS = {"torch": "pip install 's2seg[torch]'", "onnxruntime": "pip install onnxruntime"}
@@ -78,9 +70,9 @@ class SessionRef:
 
     path: str
     sha256: str
-    runtime: Runtime = "auto"
-    device: Device = "auto"
-    precision: Precision = "auto"
+    runtime: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
 
     def open(self) -> Session:
         """Return this process's session.
@@ -99,9 +91,7 @@ class SessionRef:
             return _by_ref[self]
 
 
-def open_session(
-    bundle: ModelBundle, runtime: Runtime = "auto", device: Device = "auto", precision: Precision = "auto"
-) -> Session:
+def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto") -> Session:
     """Return this process's session for a bundle, made on first use.
 
     Parameters
@@ -109,12 +99,12 @@ def open_session(
     bundle
         From :func:`s2seg.load_model`.
     runtime
-        ``auto``: onnxruntime for an ONNX bundle, torch for the others.
+        ``torch``, ``onnxruntime`` or ``auto``: onnxruntime for an ONNX bundle, torch for the others.
     device
-        ``auto``: the first CUDA device that the runtime sees, else the CPU.
+        ``cpu``, ``cuda``, ``cuda:1`` or ``auto``: the first CUDA device that the runtime sees, else the CPU.
     precision
-        ``auto``: float32, so that a map does not depend on the machine; ``bfloat16`` (torch) is about 2.7 times as
-        fast on a CPU with AMX and differs in about one pixel in a thousand.
+        ``float32``, also for ``auto``, so that a map does not depend on the machine; or ``bfloat16`` (torch), about
+        2.7 times as fast on a CPU with AMX, where about one pixel in a thousand gets another class.
 
     Raises
     ------
@@ -148,8 +138,8 @@ def _installed(runtime: str) -> bool:
     return all(importlib.util.find_spec(module) for module in _MODULES[runtime])
 
 
-def _choose_runtime(bundle: ModelBundle, runtime: Runtime) -> Runtime:
-    needed: Runtime = "onnxruntime" if bundle.is_onnx else "torch"
+def _choose_runtime(bundle: ModelBundle, runtime: str) -> str:
+    needed: str = "onnxruntime" if bundle.is_onnx else "torch"
     if runtime not in ("auto", *_MODULES):
         raise ModelError(bundle.path, f"unknown runtime {runtime!r}: auto, {', '.join(_MODULES)}")
     if runtime not in ("auto", needed):
@@ -159,7 +149,7 @@ def _choose_runtime(bundle: ModelBundle, runtime: Runtime) -> Runtime:
     return needed
 
 
-def _choose_device(bundle: ModelBundle, runtime: Runtime, device: Device) -> Device:
+def _choose_device(bundle: ModelBundle, runtime: str, device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ModelError(bundle.path, f"unknown device {device!r}: auto, cpu, cuda or cuda:1")
     if runtime == "torch":
@@ -169,7 +159,7 @@ def _choose_device(bundle: ModelBundle, runtime: Runtime, device: Device) -> Dev
     return choose_device(bundle.path, device)
 
 
-def _make(bundle: ModelBundle, runtime: Runtime, device: Device, precision: Precision) -> Session:
+def _make(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Session:
     if runtime == "torch":
         from s2seg.models.runtimes.pytorch import TorchSession
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 LAYERS = ("class", "confidence", "probability")
 """What a session can be asked for."""
@@ -15,7 +18,7 @@ PROBABILITY_STEPS = 250
 
 
 def summarize(
-    probabilities: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8], layers: Set[str]
+    probabilities: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np.uint8], layers: Set[str]
 ) -> dict[str, npt.NDArray[np.uint8]]:
     """Turn probabilities into the layers that are stored.
 
@@ -41,13 +44,13 @@ def summarize(
     return answer
 
 
-def quantize(values: npt.NDArray[np.float32], steps: int) -> npt.NDArray[np.uint8]:
+def quantize(values: npt.NDArray[np.floating[Any]], steps: int) -> npt.NDArray[np.uint8]:
     """Round probabilities to ``steps`` equal steps of uint8; what strays outside 0 to 1 by rounding is clipped."""
     scaled = values * np.float32(steps)
     return np.clip(np.rint(scaled, out=scaled), 0, steps, out=scaled).astype(np.uint8)
 
 
-def argmax(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+def argmax(values: npt.NDArray[_Float]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[_Float]]:
     """Return the first highest channel of (n, class, y, x) and its value, both (n, y, x); NaN stays NaN.
 
     Channel by channel: several times as fast as ``np.argmax`` over an axis that is not the last.
