@@ -9,12 +9,13 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import dask
 import numpy as np
 import numpy.typing as npt
 import odc.geo.xr  # noqa: F401  registers .odc
@@ -91,7 +92,9 @@ def write_cog(
         _gdal(path),
     ):
         pixels, cog = Path(scratch, "pixels.tif"), Path(scratch, "cog.tif")
-        written = _write_pixels(data, pixels, nodata)
+        # a stored map is read here, by this process, even where a cluster computed it
+        with nullcontext() if isinstance(source, xr.DataArray) else dask.config.set(scheduler="threads"):
+            written = _write_pixels(data, pixels, nodata)
         _label(pixels, name, legend, tags or {})
         _to_cog(pixels, cog, "MODE" if legend else "AVERAGE")
         _verify(cog, written, path)
