@@ -93,7 +93,12 @@ def predict(
             for i in range(scene.sizes["time"])
         ]  # fmt: skip
         return xr.concat(
-            dates, dim=xr.IndexVariable("time", scene.time.values), combine_attrs="identical", join="exact", coords="minimal", compat="override"
+            dates,
+            dim=xr.IndexVariable("time", scene.time.values),
+            combine_attrs="identical",
+            join="exact",
+            coords="minimal",
+            compat="override",
         )
 
     spec = chunks or chunks_for(model)

@@ -1,0 +1,296 @@
+"""The command line: parse, call one function, print. No logic."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from s2seg.errors import InputError, S2SegError, S2SegWarning
+
+app = typer.Typer(
+    name="s2seg",
+    help="Land-cover maps from Sentinel-2: search a STAC catalog, stack the bands, run a network over them, write Zarr and COG.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models = typer.Typer(help="Look at model bundles, or make one from a foreign network.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+out, err = Console(), Console(stderr=True)
+
+Catalog = Annotated[
+    str,
+    typer.Option(
+        help="earth-search, planetary-computer or cdse; the URL of any STAC API; or the path of a catalog.json, a "
+        "stac-geoparquet file or an ItemCollection."
+    ),
+]
+Aoi = Annotated[
+    str,
+    typer.Option(help="west,south,east,north in degrees; a GeoJSON file; or WKT. A box may cross the antimeridian."),
+]
+Datetime = Annotated[
+    str, typer.Option("--datetime", help="As STAC writes it: 2023-08, 2023-08-01/2023-08-31, ../2023-08-31.")
+]
+Collection = Annotated[str | None, typer.Option(help="STAC collection, such as sentinel-2-c1-l2a or sentinel-2-l1c.")]
+MaxCloud = Annotated[float | None, typer.Option(min=0, max=100, help="Leave out scenes cloudier than this (percent).")]
+
+
+@app.command("search")
+def search_command(
+    aoi: Aoi,
+    datetime: Datetime,
+    catalog: Catalog = "earth-search",
+    collection: Collection = None,
+    max_cloud_cover: MaxCloud = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print an ItemCollection instead of a table.")] = False,
+) -> None:
+    """List the scenes that see an area.
+
+    Example: `s2seg search --aoi 15.2,45.2,16.2,46.2 --datetime 2023-08 --max-cloud-cover 30`
+    """
+    import pystac
+
+    from s2seg.sources.aoi import parse_aoi
+    from s2seg.sources.search import describe, search
+
+    area = parse_aoi(aoi)
+    items = search(catalog, area, datetime, max_cloud_cover=max_cloud_cover, collection=collection)
+    if as_json:
+        print(json.dumps(pystac.ItemCollection(items).to_dict()))
+        return
+    table = Table("item", "date", "cloud %", "tile", "covers %")
+    for row in describe(items, area):
+        cloud = "-" if row["cloud_cover"] is None else f"{row['cloud_cover']:.1f}"
+        table.add_row(row["id"], str(row["datetime"])[:16], cloud, row["tile"] or "-", f"{100 * row['coverage']:.0f}")
+    out.print(table)
+    out.print(f"{len(items)} items")
+
+
+@app.command("map")
+def map_command(
+    aoi: Aoi,
+    datetime: Datetime,
+    model: Annotated[str, typer.Option(help="A model bundle: a folder or an fsspec URL (s3://, https://).")],
+    output: Annotated[Path, typer.Option(help="Folder for the results.")],
+    catalog: Catalog = "earth-search",
+    collection: Collection = None,
+    max_cloud_cover: MaxCloud = None,
+    resolution: Annotated[float, typer.Option(help="Metres per pixel.")] = 10.0,
+    crs: Annotated[str | None, typer.Option(help="Projected CRS of the map [default: the area's UTM zone].")] = None,
+    composite: Annotated[
+        str,
+        typer.Option(
+            help="How dates become one scene: median, mean, percentile, least-cloudy, max-ndvi, medoid; or per-date to "
+            "map each pass by itself."
+        ),
+    ] = "median",
+    percentile: Annotated[float, typer.Option(help="For --composite percentile.")] = 25.0,
+    mask: Annotated[
+        str | None, typer.Option(help="SCL classes to leave out, by name, separated by commas; '' keeps all.")
+    ] = None,
+    dilate: Annotated[float, typer.Option(help="Metres by which the cloud mask grows.")] = 0.0,
+    layers: Annotated[
+        str, typer.Option(help="What to write: class, and with commas confidence and probability.")
+    ] = "class",
+    resampling: Annotated[str, typer.Option(help="20 and 60 m bands to 10 m: nearest or bilinear.")] = "nearest",
+    check_offsets: Annotated[
+        bool,
+        typer.Option(help="Compare the catalog's word on the radiometric offset with the pixels, where it can err."),
+    ] = True,
+    runtime: Annotated[str, typer.Option(help="torch, onnxruntime or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bf16 or auto.")] = "auto",
+    core: Annotated[int, typer.Option(help="Pixels on a side of a block: memory grows with its square.")] = 1024,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler, tcp://host:8786.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Start this many local worker processes instead of threads.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, compute nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
+) -> None:
+    """Map the land cover of an area: search, stack, composite, classify, write.
+
+    Writes land_cover.zarr, land_cover.tif (a COG with palette and class names), item.json (STAC), quicklook.png and
+    run.json (what was done, and with what).
+
+    Example: `s2seg map --catalog earth-search --aoi field.geojson --datetime 2023-06/2023-08 --model m/ --output out/`
+    """
+    from s2seg.pipeline import MapOptions, map_area, plan_area
+    from s2seg.sources.composite import DEFAULT_MASK, CompositeSpec
+
+    masked = DEFAULT_MASK if mask is None else tuple(_names(mask))
+    options = MapOptions(
+        resolution=resolution, crs=crs, collection=collection, max_cloud_cover=max_cloud_cover,
+        composite="per-date" if composite == "per-date" else CompositeSpec(composite, masked, dilate, percentile),
+        layers=tuple(_names(layers)), resampling=resampling, check_offsets=check_offsets, runtime=runtime, device=device,
+        precision=precision, core=core, overwrite=overwrite,
+    )  # fmt: skip
+    if dry_run:
+        out.print(_plan_table(plan_area(catalog, aoi, datetime, model, options)))
+        return
+    with _cluster(scheduler, workers), _progress() as report:
+        result = map_area(catalog, aoi, datetime, model, output, options, on_progress=report)
+    for made in result.record["maps"]:
+        out.print(_class_table(made))
+    for path in (*result.land_cover, result.zarr, result.quicklook, *result.items, result.run):
+        out.print(str(path), soft_wrap=True)
+
+
+@models.command("show")
+def models_show(path: Annotated[str, typer.Argument(help="A model bundle: a folder or an fsspec URL.")]) -> None:
+    """Print what a bundle holds: bands, scaling, legend, geometry, provenance."""
+    from s2seg.models.bundle import describe, load_model
+
+    table = Table(show_header=False)
+    for name, value in describe(load_model(path)):
+        table.add_row(name, value)
+    out.print(table)
+
+
+@models.command("import")
+def models_import(
+    source: Annotated[str, typer.Argument(help="An .onnx file, or csmask for the networks that ukis-csmask ships.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    bands: Annotated[str | None, typer.Option(help="Bands in channel order: blue,green,red,nir.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean reflectance of each band.")] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
+    scale: Annotated[float, typer.Option(help="Reflectance of one digital number.")] = 1e-4,
+    legend: Annotated[str | None, typer.Option(help="A legend's YAML file or built-in name.")] = None,
+    activation: Annotated[str, typer.Option(help="What the network returns: logits or probabilities.")] = "logits",
+    name: Annotated[str | None, typer.Option(help="Name of the model [default: the file's].")] = None,
+    variant: Annotated[str, typer.Option(help="csmask: 4-band or 6-band.")] = "4-band",
+    level: Annotated[str, typer.Option(help="csmask: l2a or l1c.")] = "l2a",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there already.")] = False,
+) -> None:
+    """Wrap a foreign ONNX network as a bundle, or take the cloud masks of the package ukis-csmask.
+
+    Example: `s2seg models import net.onnx --bands red,green,blue --mean 0.1,0.1,0.1 --std 0.05,0.05,0.05 --legend
+    worldcover --output m/`
+    """
+    from s2seg.legend import Legend
+    from s2seg.models.importing import import_csmask, import_onnx
+
+    if source == "csmask":
+        bundle = import_csmask(output, variant=variant, level=level, overwrite=overwrite)
+    else:
+        if bands is None or mean is None or std is None or legend is None:
+            raise InputError("an ONNX network does not say what it needs: give --bands, --mean, --std and --legend")
+        bundle = import_onnx(
+            source, output, name=name or Path(source).stem, bands=_names(bands), mean=_numbers("mean", mean),
+            std=_numbers("std", std), legend=Legend.load(legend), scale=scale, activation=activation, overwrite=overwrite,
+        )  # fmt: skip
+    out.print(f"{bundle.path}  {bundle.spec.name}  {bundle.sha256[:12]}", soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--{option} must be numbers separated by commas, not {text!r}") from error
+
+
+def _class_table(made: dict[str, Any]) -> Table:
+    """Areas in one map."""
+    mapped = sum(c["pixels"] for c in made["classes"]) or 1
+    table = Table("code", "class", "km2", "share %", title=made["land_cover"], title_justify="left")
+    for c in made["classes"]:
+        table.add_row(str(c["code"]), c["name"], f"{c['km2']:,.1f}", f"{100 * c['pixels'] / mapped:.1f}")
+    return table
+
+
+def _plan_table(plan: Any) -> Table:
+    table = Table(show_header=False)
+    for name, value in plan.describe():
+        table.add_row(name, value)
+    return table
+
+
+@contextmanager
+def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
+    """Run dask where asked: threads of this process, local worker processes, or a running scheduler."""
+    if scheduler is None and workers == 0:
+        with nullcontext():
+            yield
+        return
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=20)
+        except (OSError, ValueError) as error:
+            raise InputError(f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler`") from error
+        with client:
+            yield
+        return
+    with LocalCluster(n_workers=workers, threads_per_worker=2, dashboard_address=None) as cluster, Client(cluster):
+        yield
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """One bar per stage, on stderr; where nobody watches, a line when a stage is done."""
+    if not err.is_terminal:
+        yield lambda stage, done, total: err.print(f"{stage} {done}/{total}") if done == total else None
+        return
+    columns = (
+        TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    if issubclass(category, S2SegWarning):
+        err.print("[yellow]note[/]", end=" ")
+        err.print(str(message), soft_wrap=True, highlight=False, markup=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments
+        Without the program's name; ``sys.argv`` by default.
+
+    Returns
+    -------
+    int
+        0, or 2 for a mistake of the user or in the data, told in one line.
+    """
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", S2SegWarning)
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            app(arguments)
+        except S2SegError as error:
+            err.print("[red]error[/]", end=" ")
+            err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+            return 2
+        except SystemExit as stop:  # how the parser ends: 0 after a command, 2 for a wrong option
+            return int(stop.code or 0)
+    return 0

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from s2seg import cli
+from s2seg.models.bundle import ModelBundle
+from s2seg.testing import SyntheticRegion, position_scene
+from tests.tiny import tiny_onnx
+
+DATES = "2021-01-01/2021-12-31"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    return tiny_onnx(tmp_path_factory.mktemp("tiny"))
+
+
+def aoi(region: SyntheticRegion) -> str:
+    return ",".join(f"{v:.5f}" for v in region.bbox)
+
+
+def good(region: SyntheticRegion, model: ModelBundle, output: Path) -> dict[str, str]:
+    return {
+        "--catalog": str(region.catalog), "--aoi": aoi(region), "--datetime": DATES, "--model": model.path,
+        "--output": str(output), "--core": "128",
+    }  # fmt: skip
+
+
+def run(arguments: dict[str, str], *flags: str, command: str = "map") -> int:
+    return cli.main([command, *(part for pair in arguments.items() for part in pair), *flags])
+
+
+def test_map_prints_what_it_made(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(good(synthetic, model, tmp_path / "out")) == 0
+    printed = capsys.readouterr().out
+    for name in ("land_cover.tif", "land_cover.zarr", "quicklook.png", "item.json", "run.json", "bright"):
+        assert name in printed
+
+
+def test_a_dry_run_reads_and_writes_nothing(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(good(synthetic, model, tmp_path / "out"), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    for what in ("items", "grid", "blocks", "to read", "peak memory"):
+        assert what in printed
+
+
+def test_worker_processes_and_a_scheduler_make_the_same_map(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path
+) -> None:
+    from distributed import LocalCluster
+
+    options = good(synthetic, model, tmp_path / "threads")
+    assert run(options) == 0
+    assert run(options | {"--output": str(tmp_path / "workers"), "--workers": "2"}) == 0
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address
+        assert run(options | {"--output": str(tmp_path / "scheduler"), "--scheduler": address}) == 0
+    maps = [
+        xr.open_zarr(tmp_path / name / "land_cover.zarr", mask_and_scale=False).land_cover.values
+        for name in ("threads", "workers", "scheduler")
+    ]
+    np.testing.assert_array_equal(maps[0], maps[1])
+    np.testing.assert_array_equal(maps[0], maps[2])
+
+
+def test_search_prints_a_table_or_json(synthetic: SyntheticRegion, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"--catalog": str(synthetic.catalog), "--aoi": aoi(synthetic), "--datetime": DATES}
+    assert run(options, command="search") == 0
+    table = capsys.readouterr().out
+    assert "6 items" in table and "33TWL" in table
+    assert run(options, "--json", command="search") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["type"] == "FeatureCollection" and len(found["features"]) == 6
+
+
+def test_models_show_and_import(model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "show", model.path]) == 0
+    printed = capsys.readouterr().out
+    assert all(what in printed for what in ("tiny", "nir", "bright", "#c0b0a0", model.sha256[:12]))
+    (tmp_path / "legend.yaml").write_text(
+        "name: two\nclasses:\n- {code: 1, name: a, color: '#000000'}\n- {code: 2, name: b, color: '#ffffff'}\n"
+        "- {code: 3, name: c, color: '#ff0000'}\n"
+    )
+    command = ["models", "import", str(Path(model.path) / "model.onnx"), "--output", str(tmp_path / "again"), "--bands",
+               "blue,green,red,nir", "--mean", ".1,.1,.1,.1", "--std", "1,1,1,1", "--legend", str(tmp_path / "legend.yaml")]  # fmt: skip
+    assert cli.main(command) == 0
+    assert (tmp_path / "again" / "model.json").exists()
+    assert cli.main(command) == 2, "the bundle is there already"
+    assert cli.main([*command[:-2], "--overwrite"]) == 2, "no legend"
+    assert "--legend" in capsys.readouterr().err
+
+
+BAD = {
+    "unknown catalog": ({"--catalog": "earth-serch"}, "did you mean|known are"),
+    "no items then": ({"--datetime": "2019"}, "nearest 2021"),
+    "no coverage": ({"--aoi": "2,2,3,3"}, "covers"),
+    "too cloudy": ({"--max-cloud-cover": "0"}, "cloudier"),
+    "empty aoi": ({"--aoi": "POLYGON EMPTY"}, "empty"),
+    "crossing aoi": ({"--aoi": "POLYGON((0 0,1 1,1 0,0 1,0 0))"}, "Self-intersection"),
+    "swapped aoi": ({"--aoi": "46.04,15.66,46.06,15.68"}, "swapped"),
+    "reversed dates": ({"--datetime": "2021-12-31/2021-01-01"}, "backwards"),
+    "unparsable dates": ({"--datetime": "last summer"}, "2023-08"),
+    "unknown composite": ({"--composite": "best"}, "median"),
+    "unknown SCL class": ({"--mask": "clouds"}, "cloud_high_probability"),
+    "unknown layer": ({"--layers": "logits"}, "confidence"),
+    "no resolution": ({"--resolution": "0"}, "resolution"),
+    "unknown crs": ({"--crs": "EPSG:1"}, "CRS"),
+    "not a bundle": ({"--model": "."}, "model.json"),
+    "no such model": ({"--model": "nowhere/at/all"}, "nowhere"),
+    "unknown runtime": ({"--runtime": "tensorflow"}, "runtime"),
+    "nothing clear": ({"--mask": ",".join(["no_data", "dark_area", "vegetation", "not_vegetated", "water", "unclassified",
+                       "snow", "cloud_shadow", "cloud_medium_probability", "cloud_high_probability", "thin_cirrus",
+                       "saturated_or_defective"])}, "no scene has a clear pixel"),
+    "no scheduler": ({"--scheduler": "tcp://127.0.0.1:1"}, "scheduler"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")  # distributed's client, when nothing answers
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    case: str, synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, says = BAD[case]
+    assert run(good(synthetic, model, tmp_path / "new" / "out") | change) == 2
+    check_one_line(capsys.readouterr().err, says)
+    assert not (tmp_path / "new").exists()
+
+
+def check_one_line(printed: str, says: str) -> None:
+    lines = [line for line in printed.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "Traceback" not in printed
+    assert re.search(says, lines[0]), lines[0]
+
+
+def test_a_model_whose_bands_the_catalog_lacks(
+    synthetic: SyntheticRegion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_onnx(tmp_path / "m", bands=("red", "cirrus"))
+    assert run(good(synthetic, model, tmp_path / "out")) == 2
+    check_one_line(capsys.readouterr().err, "no band 'cirrus'.*it has")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damaged_weights(
+    damage: str, synthetic: SyntheticRegion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_onnx(tmp_path / "m")
+    content = bytearray(model.weights_path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    if damage == "missing":
+        model.weights_path.unlink()
+    else:
+        model.weights_path.write_bytes(bytes(content) if damage == "flipped" else bytes(content[:100]))
+    assert run(good(synthetic, model, tmp_path / "out")) == 2
+    check_one_line(capsys.readouterr().err, "model")
+
+
+def test_a_pickle_is_refused(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"a": 1}))
+    assert run(good(synthetic, model, tmp_path / "out") | {"--model": str(tmp_path / "weights.pt")}) == 2
+    check_one_line(capsys.readouterr().err, "refused")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
+def test_a_damaged_asset_names_item_band_and_href(
+    damage: str, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalog = position_scene(tmp_path / "scene", shape=(256, 256))
+    asset = next((tmp_path / "scene").rglob("*B08*.tif"), None) or next((tmp_path / "scene").rglob("nir.tif"))
+    content = asset.read_bytes()
+    asset.unlink()
+    if damage != "missing":
+        asset.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"not a raster")
+    arguments = {
+        "--catalog": str(catalog), "--aoi": "15.001,46.03,15.03,46.05", "--datetime": "2023-07", "--model": model.path,
+        "--output": str(tmp_path / "out"), "--mask": "",
+    }  # fmt: skip
+    assert run(arguments) == 2
+    check_one_line(capsys.readouterr().err, rf"band nir of item S2\S+ \(.*{asset.name}\)")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+def test_a_full_disk_is_told_and_cleaned_up(synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path) -> None:
+    arguments = good(synthetic, model, tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-m", "s2seg", "map", *(part for pair in arguments.items() for part in pair)],
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    check_one_line(done.stderr, "cannot write")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_output(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(good(synthetic, model, tmp_path / "file" / "out")) == 2
+    check_one_line(capsys.readouterr().err, "cannot write")
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["map", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "Example" in printed and "per-date" in printed

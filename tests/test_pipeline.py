@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pystac
+import pytest
+import rasterio
+import rioxarray  # noqa: F401  registers the .rio accessor
+import shapely
+import xarray as xr
+from rasterio.features import geometry_mask
+from rio_cogeo import cog_validate
+
+import s2seg
+from s2seg.models.bundle import ModelBundle
+from s2seg.pipeline import MapOptions, build_prediction, build_scene, map_area, plan_area
+from s2seg.sources.composite import CompositeSpec
+from s2seg.testing import SyntheticRegion
+from tests.tiny import LEGEND, tiny_onnx
+
+DATES = "2021-01-01/2021-12-31"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    return tiny_onnx(tmp_path_factory.mktemp("tiny"))
+
+
+def test_an_area_becomes_a_map_with_everything_about_it(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path
+) -> None:
+    stages: list[str] = []
+    options = MapOptions(layers=("class", "confidence", "probability"), core=128)
+    result = map_area(
+        synthetic.catalog, synthetic.bbox, DATES, model, tmp_path / "out", options,
+        on_progress=lambda stage, done, total: stages.append(stage),
+    )  # fmt: skip
+    folder = tmp_path / "out"
+    expected = {"land_cover.zarr", "land_cover.tif", "item.json", "quicklook.png", "run.json"}
+    assert expected <= {p.name for p in folder.iterdir()} and not list(folder.glob(".*"))
+    assert list(dict.fromkeys(stages)) == ["search", "map", "outputs"]
+
+    lazy = build_prediction(
+        plan_area(synthetic.catalog, synthetic.bbox, DATES, model, options), _scene(synthetic, model, options)
+    )
+    stored = xr.open_zarr(result.zarr, mask_and_scale=False)
+    for name in ("land_cover", "confidence", "probability", "observations"):
+        np.testing.assert_array_equal(stored[name].values, lazy[name].values)
+    assert stored.rio.crs.to_epsg() == 32633
+
+    cog = result.land_cover[0]
+    assert cog_validate(cog, strict=True, quiet=True)[0]
+    with rasterio.open(cog) as dataset:
+        np.testing.assert_array_equal(dataset.read(1), stored.land_cover.values)
+        assert dataset.colormap(1)[20][:3] == (0xC0, 0xB0, 0xA0) and dataset.nodata == 0
+
+    item = pystac.Item.from_file(result.items[0])
+    assert all((folder / Path(a.href).name).exists() for a in item.assets.values())
+    assert len(item.get_links("derived_from")) == len(result.record["items"]) == 6
+
+    record = json.loads(result.run.read_text())
+    assert record["model"]["sha256"] == model.sha256
+    counts = {c["code"]: c["pixels"] for c in record["maps"][0]["classes"]}
+    codes, pixels = np.unique(stored.land_cover.values, return_counts=True)
+    assert {c: n for c, n in counts.items() if n} == {int(c): int(n) for c, n in zip(codes, pixels, strict=True) if c}
+    offsets = {i["id"]: i["offset"]["subtract"] for i in record["items"]}
+    assert set(offsets.values()) == {0, 1000}, "the region mixes processing baselines"
+
+
+def _scene(region: SyntheticRegion, model: ModelBundle, options: MapOptions) -> xr.DataArray:
+    return build_scene(plan_area(region.catalog, region.bbox, DATES, model, options))
+
+
+def test_neighbouring_runs_agree_to_the_pixel(synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path) -> None:
+    west, south, east, north = synthetic.bbox
+    whole = map_area(synthetic.catalog, synthetic.bbox, DATES, model, tmp_path / "whole")
+    part_box = (
+        west + 0.4 * (east - west),
+        south + 0.3 * (north - south),
+        east - 0.2 * (east - west),
+        north - 0.3 * (north - south),
+    )
+    part = map_area(synthetic.catalog, part_box, DATES, model, tmp_path / "part", MapOptions(core=64))
+    a, b = (xr.open_zarr(r.zarr, mask_and_scale=False).land_cover for r in (whole, part))
+    np.testing.assert_array_equal(b.values, a.sel(y=b.y, x=b.x).values)
+
+
+def test_dates_apart_give_a_map_each(synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path) -> None:
+    result = map_area(
+        synthetic.catalog, synthetic.bbox, DATES, model, tmp_path / "out", MapOptions(composite="per-date", core=128)
+    )
+    assert [p.name for p in result.land_cover] == [f"land_cover_{d.replace('-', '')}.tif" for d in synthetic.dates]
+    stored = xr.open_zarr(result.zarr, mask_and_scale=False)
+    assert stored.land_cover.dims == ("time", "y", "x") and stored.sizes["time"] == 3
+    for i, (cog, item) in enumerate(zip(result.land_cover, result.items, strict=True)):
+        with rasterio.open(cog) as dataset:
+            np.testing.assert_array_equal(dataset.read(1), stored.land_cover[i].values)
+        dated = pystac.Item.from_file(item)
+        assert dated.datetime is not None and f"{dated.datetime:%Y-%m-%d}" == synthetic.dates[i]
+        assert len(dated.get_links("derived_from")) == 2
+        single = map_area(
+            synthetic.catalog, synthetic.bbox, synthetic.dates[i], model, tmp_path / str(i),
+            MapOptions(composite=CompositeSpec(mask=())),
+        )  # fmt: skip
+        np.testing.assert_array_equal(
+            xr.open_zarr(single.zarr, mask_and_scale=False).land_cover.values, stored.land_cover[i].values
+        )
+
+
+def test_a_polygon_is_cut_out_and_its_inside_is_untouched(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path
+) -> None:
+    west, south, east, north = synthetic.bbox
+    triangle = shapely.Polygon([(west, south), (east, south), (west, north)])
+    cut = xr.open_zarr(map_area(synthetic.catalog, triangle, DATES, model, tmp_path / "cut").zarr, mask_and_scale=False)
+    box = xr.open_zarr(
+        map_area(synthetic.catalog, synthetic.bbox, DATES, model, tmp_path / "box").zarr, mask_and_scale=False
+    ).sel(y=cut.y, x=cut.x)
+    from s2seg.sources.stack import project
+
+    with rasterio.open(tmp_path / "cut" / "land_cover.tif") as dataset:
+        inside = geometry_mask(
+            [project(triangle, 32633)], dataset.shape, dataset.transform, all_touched=True, invert=True
+        )
+    np.testing.assert_array_equal(cut.land_cover.values, np.where(inside, box.land_cover.values, LEGEND.nodata))
+
+
+def test_a_second_run_is_refused_unless_asked_to_replace(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    map_area(synthetic.catalog, synthetic.bbox, DATES, model, out)
+    before = (out / "run.json").read_bytes()
+    with pytest.raises(s2seg.S2SegError, match="exists already"):
+        map_area(synthetic.catalog, synthetic.bbox, DATES, model, out)
+    assert (out / "run.json").read_bytes() == before
+    map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(overwrite=True))
+    assert (out / "run.json").read_bytes() != before
+
+
+def test_the_plan_is_the_run(synthetic: SyntheticRegion, model: ModelBundle) -> None:
+    plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, model, MapOptions(core=128))
+    assert len(plan.items) == 6 and plan.passes == (2, 2, 2)
+    assert plan.bands == ("blue", "green", "red", "nir", "scl")
+    rows = dict(plan.describe())
+    assert f"{plan.geobox.shape.x} x {plan.geobox.shape.y}" in rows["grid"]
+    # three dates of four 2-byte bands at 10 m and one 1-byte band at 20 m; tiles overlap a little
+    exact = plan.geobox.shape.x * plan.geobox.shape.y * 3 * (4 * 2 + 1 / 4)
+    assert exact * 0.9 < plan.bytes_to_read < exact * 1.6
+
+
+def test_many_dates_make_smaller_blocks(
+    synthetic: SyntheticRegion, model: ModelBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("s2seg.pipeline._CHUNK_BYTES", 6 * 5 * 2 * 512 * 512)
+    plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, model, MapOptions(core=2048))
+    assert plan.chunks.core == 512
