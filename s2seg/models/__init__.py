@@ -4,7 +4,7 @@ from s2seg.models.bundle import ModelBundle, describe, load_model, save_bundle
 from s2seg.models.importing import import_csmask, import_onnx
 from s2seg.models.runtimes import Session, SessionRef, available_runtimes, open_session, summarize
 from s2seg.models.spec import ModelSpec
-from s2seg.models.unet import build_network
+from s2seg.models.unet import build_network, pools_globally
 
 __all__ = [
     "ModelBundle",
@@ -18,6 +18,7 @@ __all__ = [
     "import_onnx",
     "load_model",
     "open_session",
+    "pools_globally",
     "save_bundle",
     "summarize",
 ]

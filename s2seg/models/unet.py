@@ -85,3 +85,48 @@ def _nearest(name: str, known: list[str]) -> str:
     lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
     return f"did you mean {', '.join(lower[c] for c in close)}?" if close else f"one of {', '.join(known[:12])}, ..."
+
+
+def pools_globally(network: torch.nn.Module, bands: int) -> bool:
+    """Whether an answer depends on the whole window: what ``ModelSpec.global_context`` must then say.
+
+    Runs the network once on a small window and watches for squeeze-and-excite, attention, pooling to a fixed size,
+    and norms that take their statistics from the window.
+
+    Parameters
+    ----------
+    network
+        In evaluation mode.
+    bands
+        How many the network takes.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        found: bool = False
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.found |= _mixes_places(func.overloadpacket.__name__, args, result)
+            return result
+
+    at = next(network.parameters())
+    watch = Watch()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), watch:  # inference mode would show fewer, composite operations
+        network(torch.zeros(1, bands, 64, 64, device=at.device, dtype=at.dtype))
+    return watch.found
+
+
+def _mixes_places(operation: str, args: tuple[Any, ...], result: Any) -> bool:
+    """Whether an operation lets every place of its input reach every place of its result."""
+    if operation in ("mean", "sum", "amax", "amin"):
+        source = args[0].shape
+        return len(source) == 4 and source[-1] > 1 and result.shape[-2:] != source[-2:]
+    if operation == "_softmax":
+        return bool(args[1] % args[0].ndim >= 2)  # over places; axis 1 would be the classes
+    if operation == "native_batch_norm":
+        return bool(args[5])  # statistics of the input itself: an instance norm
+    return operation == "native_group_norm" or operation.startswith(("_adaptive_", "adaptive_", "_scaled_dot_product"))

@@ -10,8 +10,17 @@ import safetensors.numpy
 import torch
 from dask.base import tokenize
 
-from s2seg.errors import ModelError
-from s2seg.models import SessionRef, available_runtimes, import_onnx, load_model, open_session, save_bundle, summarize
+from s2seg.errors import ModelError, S2SegWarning
+from s2seg.models import (
+    SessionRef,
+    available_runtimes,
+    build_network,
+    import_onnx,
+    load_model,
+    open_session,
+    save_bundle,
+    summarize,
+)
 from s2seg.models import runtimes as runtimes_module
 from s2seg.models.runtimes import LAYERS
 from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
@@ -208,6 +217,14 @@ def test_a_runtime_that_is_not_installed(bundle, monkeypatch):
     assert available_runtimes() == ("onnxruntime",)
     with pytest.raises(ModelError, match=r"needs torch, which is not installed: pip install 's2seg\[torch\]'"):
         open_session(bundle)
+
+
+def test_a_network_that_would_leave_seams_is_noticed(other_spec, tmp_path):
+    pooling = other_spec(architecture={"name": "Unet", "encoder": "tu-mobilenetv3_small_050"})
+    weights = build_network(pooling).state_dict()
+    with pytest.warns(S2SegWarning, match="save the bundle with global_context=True"):
+        open_session(save_bundle(tmp_path / "m", pooling, weights))
+    open_session(save_bundle(tmp_path / "n", replace(pooling, global_context=True), weights))
 
 
 def test_one_session_per_process(bundle, tmp_path, spec, network):

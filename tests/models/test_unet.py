@@ -3,7 +3,7 @@ import torch
 
 from s2seg.errors import ModelError
 from s2seg.legend import BUILTIN
-from s2seg.models import build_network
+from s2seg.models import build_network, pools_globally
 
 
 def test_bands_and_classes_shape_the_network(other_spec):
@@ -45,3 +45,21 @@ def test_other_architectures(other_spec, architecture):
 def test_what_cannot_be_built_is_named(other_spec, architecture, message):
     with pytest.raises(ModelError, match=message):
         build_network(other_spec(architecture=architecture))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ({"name": "Unet", "encoder": "mobilenet_v2"}, False),
+        ({"name": "Unet", "encoder": "resnet18"}, False),
+        ({"name": "FPN", "encoder": "resnet18", "encoder_depth": 5}, True),  # group norm
+        ({"name": "Unet", "encoder": "resnet18", "decoder_attention_type": "scse"}, True),
+        ({"name": "Unet", "encoder": "efficientnet-b0"}, True),
+        ({"name": "Unet", "encoder": "tu-mobilenetv3_small_050"}, True),
+        ({"name": "DeepLabV3Plus", "encoder": "resnet18"}, True),  # pools the whole image in its pyramid
+        ({"name": "Segformer", "encoder": "mit_b0"}, True),  # attention
+    ],
+)
+def test_networks_that_see_the_whole_window(other_spec, architecture, expected):
+    net = build_network(other_spec(architecture=architecture)).eval()
+    assert pools_globally(net, 4) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Set
 
 import numpy as np
@@ -9,10 +10,10 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
-from s2seg.errors import ModelError
+from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
-from s2seg.models.unet import build_network
+from s2seg.models.unet import build_network, pools_globally
 
 _LISTED = 3  # names of layers in an error: enough to see the pattern
 
@@ -49,6 +50,13 @@ class TorchSession:
         if self._bfloat16 and self._device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
             raise ModelError(bundle.path, f"device {device} has no bfloat16 arithmetic: use precision 'float32'")
         network = _load_weights(build_network(bundle.spec), bundle).eval().to(self._device)
+        if not bundle.spec.global_context and pools_globally(network, len(bundle.spec.bands)):
+            warnings.warn(
+                f"model {bundle.path}: the network sees its whole window, but global_context is false: expect seams "
+                "between blocks; save the bundle with global_context=True",
+                S2SegWarning,
+                stacklevel=2,
+            )
         # channels last: measured 1.2 times (float32) and 2.2 times (bfloat16) as fast on a CPU, and cuDNN's choice too
         self._network = network.to(memory_format=torch.channels_last)
         a, b = bundle.spec.affine()
