@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from s2seg.errors import S2SegError
+    from s2seg.inference import predict
     from s2seg.legend import Legend
     from s2seg.models.bundle import ModelBundle, load_model
     from s2seg.outputs.cog import write_cog
     from s2seg.outputs.quicklook import write_quicklook
     from s2seg.outputs.zarr import write_zarr
     from s2seg.pipeline import MapOptions, map_area, plan_area
-    from s2seg.inference import predict
     from s2seg.sources.composite import CompositeSpec, composite, per_date
     from s2seg.sources.search import search
     from s2seg.sources.stack import geobox_for, stack
@@ -43,7 +43,26 @@ _HOME = {
     "write_zarr": "s2seg.outputs.zarr",
 }
 
-__all__ = [*_HOME]  # noqa: PLE0604  the names are strings, computed once
+__all__ = [
+    "ChunkSpec",
+    "CompositeSpec",
+    "Legend",
+    "MapOptions",
+    "ModelBundle",
+    "S2SegError",
+    "composite",
+    "geobox_for",
+    "load_model",
+    "map_area",
+    "per_date",
+    "plan_area",
+    "predict",
+    "search",
+    "stack",
+    "write_cog",
+    "write_quicklook",
+    "write_zarr",
+]
 
 
 def __getattr__(name: str) -> Any:

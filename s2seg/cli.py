@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from s2seg.errors import InputError, S2SegError, S2SegWarning
 
 app = typer.Typer(
     name="s2seg",
-    help="Land-cover maps from Sentinel-2: search a STAC catalog, stack the bands, run a network over them, write Zarr and COG.",
+    help="Land-cover maps from Sentinel-2: search a STAC catalog, stack the bands, classify, write Zarr and COG.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -131,11 +131,22 @@ def map_command(
 
     masked = DEFAULT_MASK if mask is None else tuple(_names(mask))
     options = MapOptions(
-        resolution=resolution, crs=crs, collection=collection, max_cloud_cover=max_cloud_cover,
-        composite="per-date" if composite == "per-date" else CompositeSpec(composite, masked, dilate, percentile),
-        layers=tuple(_names(layers)), resampling=resampling, check_offsets=check_offsets, runtime=runtime, device=device,
-        precision=precision, core=core, overwrite=overwrite,
-    )  # fmt: skip
+        resolution=resolution,
+        crs=crs,
+        collection=collection,
+        max_cloud_cover=max_cloud_cover,
+        composite="per-date"
+        if composite == "per-date"
+        else CompositeSpec(cast(Any, composite), masked, dilate, percentile),
+        layers=cast(Any, tuple(_names(layers))),
+        resampling=cast(Any, resampling),
+        check_offsets=check_offsets,
+        runtime=runtime,
+        device=device,
+        precision=precision,
+        core=core,
+        overwrite=overwrite,
+    )
     if dry_run:
         out.print(_plan_table(plan_area(catalog, aoi, datetime, model, options)))
         return
@@ -187,9 +198,17 @@ def models_import(
         if bands is None or mean is None or std is None or legend is None:
             raise InputError("an ONNX network does not say what it needs: give --bands, --mean, --std and --legend")
         bundle = import_onnx(
-            source, output, name=name or Path(source).stem, bands=_names(bands), mean=_numbers("mean", mean),
-            std=_numbers("std", std), legend=Legend.load(legend), scale=scale, activation=activation, overwrite=overwrite,
-        )  # fmt: skip
+            source,
+            output,
+            name=name or Path(source).stem,
+            bands=_names(bands),
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            legend=Legend.load(legend),
+            scale=scale,
+            activation=activation,
+            overwrite=overwrite,
+        )
     out.print(f"{bundle.path}  {bundle.spec.name}  {bundle.sha256[:12]}", soft_wrap=True)
 
 
@@ -248,8 +267,12 @@ def _progress() -> Iterator[Any]:
         yield lambda stage, done, total: err.print(f"{stage} {done}/{total}") if done == total else None
         return
     columns = (
-        TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, Any] = {}
 

@@ -35,7 +35,7 @@ def predict(
     scene: xr.DataArray,
     model: ModelBundle,
     *,
-    layers: Collection[Layer] = ("class",),
+    layers: Collection[str] = ("class",),
     chunks: ChunkSpec | None = None,
     margin: Margin = ((0, 0), (0, 0)),
     runtime: str = "auto",
@@ -44,10 +44,10 @@ def predict(
 ) -> xr.Dataset:
     """Classify every pixel of a scene, lazily.
 
-    The scene is padded to whole windows (by reflection, or by real pixels where the scene brings a ``margin``), cut into
-    blocks that see ``chunks.before`` and ``chunks.after`` pixels of their neighbours, and each block is classified window
-    by window. Pixels in which any band is 0 are nodata in every output; a window without valid pixels never reaches the
-    network.
+    The scene is padded to whole windows (by reflection, or by real pixels where the scene brings a ``margin``) and cut
+    into blocks that see ``chunks.before`` and ``chunks.after`` pixels of their neighbours; each block is classified
+    window by window. Pixels in which any band is 0 are nodata in every output; a window without valid pixels never
+    reaches the network.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ def predict(
     model
         From :func:`s2seg.load_model`.
     layers
-        ``class`` (legend codes), ``confidence`` (probability of the winning class, 0-100 %) and ``probability`` (of each
-        class, 0-250 for 0-1).
+        ``class`` (legend codes), ``confidence`` (probability of the winning class, 0-100 %) and ``probability`` (of
+        each class, 0-250 for 0-1).
     chunks
         Geometry of blocks and windows; :func:`chunks_for` chooses by default.
     margin
@@ -94,7 +94,7 @@ def predict(
         ]  # fmt: skip
         return xr.concat(
             dates,
-            dim=xr.IndexVariable("time", scene.time.values),
+            dim=xr.Variable("time", scene.time.values),
             combine_attrs="identical",
             join="exact",
             coords="minimal",
@@ -132,8 +132,9 @@ def chunks_for(model: ModelBundle, core: int = 1024) -> ChunkSpec:
     """Choose the geometry for a model.
 
     Networks of a fixed input size, or whose answer depends on the window's size because they pool globally, get a
-    tapered blend of their own windows; all others get trimmed windows of 512 + 2 x depth pixels. On two cores, these were the
-    fastest windows, net of their overlap, that keep 99.9 % agreement with a whole image (``python -m tests.bench map``).
+    tapered blend of their own windows; all others get trimmed windows of 512 + 2 x depth pixels. On two cores, these
+    were the fastest windows, net of their overlap, that keep 99.9 % agreement with a whole image
+    (``python -m tests.bench map``).
 
     Parameters
     ----------

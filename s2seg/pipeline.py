@@ -15,27 +15,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import pystac
 import xarray as xr
 from affine import Affine
+from dask.base import compute
+from dask.delayed import delayed
 from odc.geo.geobox import GeoBox
 from shapely.geometry import mapping
 from shapely.geometry.base import BaseGeometry
 
 from s2seg.errors import InputError, MissingBandError, OutputError, S2SegError, S2SegWarning
+from s2seg.inference import LAYERS, Layer, Margin, chunks_for, predict
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle, load_model
 from s2seg.models.runtimes import open_session
-from s2seg.outputs.cog import write_cog
 from s2seg.outputs._files import check_writable, writing
+from s2seg.outputs.cog import write_cog
 from s2seg.outputs.quicklook import thumbnail, write_quicklook, write_quicklook_series
 from s2seg.outputs.stac import write_item
 from s2seg.outputs.zarr import read_land_cover, write_zarr
-from s2seg.inference import LAYERS, Layer, Margin, chunks_for, predict
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.catalogs import Catalog, resolve_catalog
 from s2seg.sources.clip import inside, needs_clip
@@ -165,9 +166,12 @@ class Plan:
     @property
     def padded(self) -> GeoBox:
         """The grid with the context that the network needs around it."""
-        (above, _), (left, _) = self.margin
-        shape = tuple(n + sum(pair) for n, pair in zip(self.geobox.shape, self.margin, strict=True))
-        return GeoBox(shape, self.geobox.affine @ Affine.translation(-left, -above), self.geobox.crs)
+        (height, width), (above, below), (left, right) = self.geobox.shape, *self.margin
+        return GeoBox(
+            (height + above + below, width + left + right),
+            self.geobox.affine @ Affine.translation(-left, -above),
+            self.geobox.crs,
+        )
 
     @property
     def margin(self) -> Margin:
@@ -318,7 +322,7 @@ def map_area(
     """
     options = options or MapOptions()
     folder = Path(output)
-    report = on_progress or (lambda stage, done, total: None)
+    report = on_progress or _silent
     _refuse_existing(folder, options)
     clock = _Clock()
     with _noted_warnings() as notes:
@@ -505,6 +509,10 @@ def _noted_warnings() -> Iterator[list[str]]:
         yield notes
 
 
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
 def _refuse_existing(folder: Path, options: MapOptions) -> None:
     """Check the output before anything is read."""
     check_writable(folder / "run.json", overwrite=options.overwrite)
@@ -548,8 +556,8 @@ def _count(land_cover: xr.DataArray, legend: Legend) -> npt.NDArray[np.int64]:
         If all of them are nodata.
     """
     maps = land_cover.data[None] if land_cover.ndim == 2 else land_cover.data
-    blocks = [[dask.delayed(_bincount)(block) for block in one.to_delayed().ravel()] for one in maps]
-    counts = np.array([np.sum(one, axis=0) for one in dask.compute(*blocks)])
+    blocks = [[delayed(_bincount)(block) for block in one.to_delayed().ravel()] for one in maps]
+    counts = np.array([np.sum(one, axis=0) for one in compute(*blocks)])
     if counts.sum() == counts[:, legend.nodata].sum():
         raise NothingMappedError(
             "nothing to map: no scene has a clear pixel in this area; widen the dates, or mask fewer SCL classes"
@@ -625,8 +633,10 @@ def _dates(plan: Plan, stored: xr.Dataset) -> list[tuple[str, int, list[pystac.I
 def _picture(plan: Plan, offsets: Mapping[str, Offset]) -> xr.DataArray:
     """The scene in true colour at a coarse resolution, read anew through the overviews."""
     factor = max(1, -(-max(plan.geobox.shape) // _PICTURE_PIXELS))
-    shape = tuple(-(-n // factor) for n in plan.geobox.shape)
-    coarse = GeoBox(shape, plan.geobox.affine @ Affine.scale(factor), plan.geobox.crs)
+    height, width = plan.geobox.shape
+    coarse = GeoBox(
+        (-(-height // factor), -(-width // factor)), plan.geobox.affine @ Affine.scale(factor), plan.geobox.crs
+    )
     present = {band for item in plan.items for band in item.assets}
     colors = [b for b in ("red", "green", "blue") if b in present]
     bands = colors if len(colors) == 3 else list(plan.model.spec.bands)[:3]

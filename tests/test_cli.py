@@ -96,8 +96,21 @@ def test_models_show_and_import(model: ModelBundle, tmp_path: Path, capsys: pyte
         "name: two\nclasses:\n- {code: 1, name: a, color: '#000000'}\n- {code: 2, name: b, color: '#ffffff'}\n"
         "- {code: 3, name: c, color: '#ff0000'}\n"
     )
-    command = ["models", "import", str(Path(model.path) / "model.onnx"), "--output", str(tmp_path / "again"), "--bands",
-               "blue,green,red,nir", "--mean", ".1,.1,.1,.1", "--std", "1,1,1,1", "--legend", str(tmp_path / "legend.yaml")]  # fmt: skip
+    command = [
+        "models",
+        "import",
+        str(Path(model.path) / "model.onnx"),
+        "--output",
+        str(tmp_path / "again"),
+        "--bands",
+        "blue,green,red,nir",
+        "--mean",
+        ".1,.1,.1,.1",
+        "--std",
+        "1,1,1,1",
+        "--legend",
+        str(tmp_path / "legend.yaml"),
+    ]
     assert cli.main(command) == 0
     assert (tmp_path / "again" / "model.json").exists()
     assert cli.main(command) == 2, "the bundle is there already"
@@ -123,11 +136,29 @@ BAD = {
     "not a bundle": ({"--model": "."}, "model.json"),
     "no such model": ({"--model": "nowhere/at/all"}, "nowhere"),
     "unknown runtime": ({"--runtime": "tensorflow"}, "runtime"),
-    "nothing clear": ({"--mask": ",".join(["no_data", "dark_area", "vegetation", "not_vegetated", "water", "unclassified",
-                       "snow", "cloud_shadow", "cloud_medium_probability", "cloud_high_probability", "thin_cirrus",
-                       "saturated_or_defective"])}, "no scene has a clear pixel"),
+    "nothing clear": (
+        {
+            "--mask": ",".join(
+                [
+                    "no_data",
+                    "dark_area",
+                    "vegetation",
+                    "not_vegetated",
+                    "water",
+                    "unclassified",
+                    "snow",
+                    "cloud_shadow",
+                    "cloud_medium_probability",
+                    "cloud_high_probability",
+                    "thin_cirrus",
+                    "saturated_or_defective",
+                ]
+            )
+        },
+        "no scene has a clear pixel",
+    ),
     "no scheduler": ({"--scheduler": "tcp://127.0.0.1:1"}, "scheduler"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

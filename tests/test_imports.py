@@ -12,7 +12,7 @@ import s2seg
 
 LAYERS = [
     *("errors", "legend", "windows", "sources", "models", "outputs", "inference"),
-    *("postprocess", "assess", "training", "pipeline", "jobs", "cli", "testing"),
+    *("postprocess", "assess", "training", "pipeline", "jobs", "cli", "__main__", "testing"),
 ]
 KNOW_TORCH = {"models", "inference", "training"}
 TORCH = {"torch", "torchvision", "segmentation_models_pytorch", "timm", "pytorch_lightning", "lightning"}

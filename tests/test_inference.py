@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import dask
 import dask.array as da
 import numpy as np
@@ -14,8 +12,8 @@ from odc.geo.geobox import GeoBox
 from scipy import ndimage
 
 from s2seg.errors import InputError, MissingBandError
-from s2seg.models.bundle import ModelBundle
 from s2seg.inference import chunks_for, predict
+from s2seg.models.bundle import ModelBundle
 from s2seg.windows import ChunkSpec
 from tests.tiny import LEGEND, tiny_onnx
 
@@ -129,7 +127,9 @@ def test_nodata_in_is_nodata_out_and_empty_windows_never_reach_the_network(
 
     original = onnxrt.OnnxSession.classify
     monkeypatch.setattr(
-        onnxrt.OnnxSession, "classify", lambda self, windows, *rest: seen.append(windows) or original(self, windows, *rest)
+        onnxrt.OnnxSession,
+        "classify",
+        lambda self, windows, *rest: seen.append(windows) or original(self, windows, *rest),
     )
     got = predict(
         scene, model, layers=("class", "confidence"), chunks=ChunkSpec.trimmed(core=64, step=64, depth=32)

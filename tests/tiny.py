@@ -12,11 +12,17 @@ from s2seg.legend import LandClass, Legend
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.importing import import_onnx
 
-LEGEND = Legend("tiny", (LandClass(10, "dark", "#102030"), LandClass(20, "bright", "#c0b0a0"), LandClass(30, "mixed", "#00ff00")))
+LEGEND = Legend(
+    "tiny", (LandClass(10, "dark", "#102030"), LandClass(20, "bright", "#c0b0a0"), LandClass(30, "mixed", "#00ff00"))
+)
 
 
 def tiny_onnx(
-    folder: Path, bands: tuple[str, ...] = ("blue", "green", "red", "nir"), *, kernel: int = 5, window: int | None = None
+    folder: Path,
+    bands: tuple[str, ...] = ("blue", "green", "red", "nir"),
+    *,
+    kernel: int = 5,
+    window: int | None = None,
 ) -> ModelBundle:
     """Two convolutions with random weights: each answer depends on ``2 * kernel - 1`` pixels across.
 

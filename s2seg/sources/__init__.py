@@ -1,0 +1,1 @@
+"""From STAC catalogs to lazy arrays: search, radiometry, reading, stacking, compositing."""

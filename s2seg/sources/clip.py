@@ -10,7 +10,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.features import geometry_mask
 from shapely.geometry.base import BaseGeometry
 
-from s2seg.sources.stack import project
+from s2seg.sources.stack import epsg_of, project
 
 
 def needs_clip(aoi: BaseGeometry) -> bool:
@@ -39,8 +39,8 @@ def inside(
     dask array
         (y, x) bool.
     """
-    shape = project(aoi, geobox.crs.to_epsg())
-    return da.map_blocks(
+    shape = project(aoi, epsg_of(geobox))
+    mask: da.Array = da.map_blocks(
         _inside_block,
         chunks=chunks,
         dtype=bool,
@@ -48,6 +48,7 @@ def inside(
         shape=shape.buffer(grow) if grow else shape,
         geobox=geobox,
     )
+    return mask
 
 
 def _inside_block(

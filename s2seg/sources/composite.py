@@ -98,8 +98,8 @@ def composite(stack: xr.DataArray, spec: CompositeSpec | None = None) -> xr.Data
     Parameters
     ----------
     stack
-        (time, band, y, x) uint16, nodata 0, as :func:`s2seg.stack` returns it; all dates in one chunk. Its last band may
-        be ``scl``; without it nothing is masked but nodata.
+        (time, band, y, x) uint16, nodata 0, as :func:`s2seg.stack` returns it; all dates in one chunk. Its last band
+        may be ``scl``; without it nothing is masked but nodata.
     spec
         Method and mask; by default the median of pixels that SCL calls clear.
 
@@ -193,7 +193,7 @@ def pass_chunks(times: Sequence[np.datetime64], platforms: Sequence[str]) -> tup
 def _clear(stack: xr.DataArray, spec: CompositeSpec) -> da.Array:
     """(time, y, x) bool: SCL says clear, after dilating what it does not."""
     shape = (stack.sizes["time"], stack.sizes["y"], stack.sizes["x"])
-    chunks = (stack.chunks[0], *stack.chunks[2:])
+    chunks = (stack.data.chunks[0], *stack.data.chunks[2:])
     if "scl" not in stack.band.values or not spec.mask:
         if spec.dilate:
             raise InputError("the mask cannot grow: the stack has no scl band, or no class is masked")
@@ -330,7 +330,7 @@ def _first_clear(
 ) -> npt.NDArray[np.uint16]:
     order = np.argsort(clouds, kind="stable")
     chosen = order[np.argmax(usable[order], axis=0)]
-    return _pick(data, chosen, usable.any(axis=0))
+    return _pick(data, chosen, np.any(usable, axis=0))
 
 
 def _max_ndvi(
@@ -338,7 +338,7 @@ def _max_ndvi(
 ) -> npt.NDArray[np.uint16]:
     r, n = data[:, red].astype(np.float32), data[:, nir].astype(np.float32)
     ndvi = np.where(usable, (n - r) / np.maximum(n + r, 1), -np.inf)
-    return _pick(data, ndvi.argmax(axis=0), usable.any(axis=0))
+    return _pick(data, ndvi.argmax(axis=0), np.any(usable, axis=0))
 
 
 def _medoid(data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint16]:
@@ -348,7 +348,7 @@ def _medoid(data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_]) -> npt.
     for b in range(data.shape[1]):
         distance += (data[:, b].astype(np.float32) - centre[b]) ** 2
     distance[~usable] = np.inf
-    return _pick(data, distance.argmin(axis=0), usable.any(axis=0))
+    return _pick(data, distance.argmin(axis=0), np.any(usable, axis=0))
 
 
 def _grid_coords(stack: xr.DataArray) -> dict[str, xr.DataArray]:

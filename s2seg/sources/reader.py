@@ -1,8 +1,8 @@
 """Read the pixels of one asset onto a grid, as plainly as its geometry allows.
 
-stackstac builds the graph and calls :class:`AssetReader` for each chunk and asset. Most Sentinel-2 reads need no warp: the
-asset's grid is the target grid, or a whole multiple or fraction of it (10, 20 and 60 m). Those are read directly, which
-takes about half the time of a warp; everything else goes through GDAL's warper.
+stackstac builds the graph and calls :class:`AssetReader` for each chunk and asset. Most Sentinel-2 reads need no warp:
+the asset's grid is the target grid, or a whole multiple or fraction of it (10, 20 and 60 m). Those are read directly,
+which takes about half the time of a warp; everything else goes through GDAL's warper.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _ratio(dataset: rasterio.DatasetReader, epsg: int, transform: Affine) -> flo
     whole = round(ratio) if ratio >= 1 else round(1 / ratio)
     if abs((ratio if ratio >= 1 else 1 / ratio) - whole) > 1e-6:
         return None
-    # a coarse asset pixel may start at any target pixel; a fine asset must let each target pixel start on one of its own
+    # a coarse pixel may start at any target pixel; a target pixel must start at some fine one
     unit = min(own.a, transform.a)
     shifts = (own.c - transform.c) / unit, (own.f - transform.f) / unit
     return ratio if all(abs(s - round(s)) < _ALIGNED for s in shifts) else None
@@ -241,7 +241,7 @@ def _copy(
     if rows.start == rows.stop or cols.start == cols.stop:
         return out
     if rows.stop - rows.start == out.shape[0] and cols.stop - cols.start == out.shape[1]:
-        return dataset.read(1, window=_window(rows, cols), out=out)  # type: ignore[no-any-return]
+        return dataset.read(1, window=_window(rows, cols), out=out)
     out[to_rows, to_cols] = dataset.read(1, window=_window(rows, cols))
     return out
 
@@ -258,12 +258,8 @@ def _repeat(
     row0, col0 = _offset(dataset, transform, transform.a)
     top, left = row0 + int(window.row_off), col0 + int(window.col_off)
     margin = 1 if resampling == "bilinear" else 0
-    rows, to_rows = _clip(
-        floor(top / factor) - margin, _covering(top, out.shape[0], factor) + 2 * margin, dataset.height
-    )
-    cols, to_cols = _clip(
-        floor(left / factor) - margin, _covering(left, out.shape[1], factor) + 2 * margin, dataset.width
-    )
+    rows, _ = _clip(floor(top / factor) - margin, _covering(top, out.shape[0], factor) + 2 * margin, dataset.height)
+    cols, _ = _clip(floor(left / factor) - margin, _covering(left, out.shape[1], factor) + 2 * margin, dataset.width)
     if rows.start == rows.stop or cols.start == cols.stop:
         return out
     coarse = dataset.read(1, window=_window(rows, cols))
@@ -297,7 +293,8 @@ def _interpolate_axis(a: npt.NDArray[np.float32], factor: int, axis: int) -> npt
     high = np.minimum(low + 1, n - 1)
     share = np.clip(at - low, 0, 1).astype(np.float32)
     share = share.reshape((-1, 1) if axis == 0 else (1, -1))
-    return a.take(low, axis) * (1 - share) + a.take(high, axis) * share
+    between: npt.NDArray[np.float32] = a.take(low, axis) * (1 - share) + a.take(high, axis) * share
+    return between
 
 
 def _decimate(
@@ -351,4 +348,4 @@ def _warp(
         src_nodata=0,
         nodata=0,
     ) as warped:
-        return warped.read(1, out=out)  # type: ignore[no-any-return]
+        return warped.read(1, out=out)

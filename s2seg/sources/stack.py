@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,7 +25,8 @@ from stackstac.raster_spec import RasterSpec
 from stackstac.to_dask import items_to_dask
 
 from s2seg.errors import InputError, MissingBandError, S2SegWarning
-from s2seg.sources.items import cloud_cover, epsg, sign_path
+from s2seg.sources.holdings import footprint
+from s2seg.sources.items import cloud_cover, epsg, sensing_time, sign_path
 from s2seg.sources.radiometry import Offset, decide_offsets
 from s2seg.sources.reader import AssetReader, AssetRef
 
@@ -87,7 +88,7 @@ def stack(
         raise InputError("nothing to stack: the list of items is empty")
     if "scl" in bands[:-1]:
         raise InputError("put scl last in the list of bands")
-    items = sorted(items, key=lambda item: (item.datetime is None, item.datetime, item.id))
+    items = sorted(items, key=lambda item: (sensing_time(item), item.id))
     _check_bands(items, bands)
     if offsets is None:
         offsets = decide_offsets(items)
@@ -124,13 +125,25 @@ def _check_bands(items: Sequence[pystac.Item], bands: Sequence[str]) -> None:
 
 
 def _raster_spec(geobox: GeoBox) -> RasterSpec:
-    code = geobox.crs.to_epsg() if geobox.crs is not None else None
-    if code is None:
-        raise InputError(f"the grid needs a CRS with an EPSG code, not {geobox.crs}")
+    code = epsg_of(geobox)
     box = geobox.boundingbox
     return RasterSpec(
         epsg=code, bounds=(box.left, box.bottom, box.right, box.top), resolutions_xy=(geobox.affine.a, -geobox.affine.e)
     )
+
+
+def epsg_of(geobox: GeoBox) -> int:
+    """EPSG code of a grid.
+
+    Raises
+    ------
+    InputError
+        If its CRS has none.
+    """
+    code = geobox.crs.to_epsg() if geobox.crs is not None else None
+    if code is None:
+        raise InputError(f"the grid needs a CRS with an EPSG code, not {geobox.crs}")
+    return int(code)
 
 
 def _asset_table(
@@ -141,7 +154,6 @@ def _asset_table(
     resampling: Literal["nearest", "bilinear"],
 ) -> np.ndarray[Any, Any]:
     """stackstac's table (items, bands): what to read, and where it lies on the target grid."""
-    code = geobox.crs.to_epsg()
     table = np.full((len(items), len(bands)), None, dtype=ASSET_TABLE_DT)
     for i, item in enumerate(items):
         for j, band in enumerate(bands):
@@ -150,17 +162,20 @@ def _asset_table(
                 continue
             subtract = 0 if band == "scl" else offsets[item.id].subtract
             ref = AssetRef(item.id, band, asset.href, subtract, resampling, sign_path(item))
-            table[i, j] = ref, _asset_bounds(item, asset, code), (1, 0)
+            table[i, j] = ref, _asset_bounds(item, asset, geobox), (1, 0)
     return table
 
 
-def _asset_bounds(item: pystac.Item, asset: pystac.Asset, code: int) -> tuple[float, float, float, float]:
+def _asset_bounds(item: pystac.Item, asset: pystac.Asset, geobox: GeoBox) -> tuple[float, float, float, float]:
     """Bounds in the target CRS, a little too wide rather than too narrow."""
-    own = epsg(item)
+    own, code = epsg(item), epsg_of(geobox)
     affine, shape = asset.extra_fields.get("proj:transform"), asset.extra_fields.get("proj:shape")
     if own is None or affine is None or shape is None:
-        footprint = shapely.geometry.shape(item.geometry).bounds
-        left, bottom, right, top = transform_bounds(_LON_LAT, code, *footprint, densify_pts=21)
+        area = footprint(item)
+        if area is None:
+            box = geobox.boundingbox
+            return box.left, box.bottom, box.right, box.top
+        left, bottom, right, top = transform_bounds(_LON_LAT, code, *area.bounds, densify_pts=21)
         # a footprint follows the data; the raster around it may reach further
         return left - 10_000, bottom - 10_000, right + 10_000, top + 10_000
     to_map = Affine(*affine[:6])
@@ -173,7 +188,7 @@ def _asset_bounds(item: pystac.Item, asset: pystac.Asset, code: int) -> tuple[fl
 
 
 def _lazy(table: np.ndarray[Any, Any], spec: RasterSpec, chunks: tuple[Any, ...]) -> da.Array:
-    return items_to_dask(
+    lazy: da.Array = items_to_dask(
         table,
         spec,
         chunksize=chunks,
@@ -182,10 +197,13 @@ def _lazy(table: np.ndarray[Any, Any], spec: RasterSpec, chunks: tuple[Any, ...]
         rescale=False,
         reader=AssetReader,
     )
+    return lazy
 
 
 def _label(data: da.Array, items: Sequence[pystac.Item], bands: Sequence[str], geobox: GeoBox) -> xr.DataArray:
-    times = pd.to_datetime([item.datetime for item in items], utc=True).tz_localize(None).to_numpy("datetime64[ns]")
+    times = (
+        pd.to_datetime([sensing_time(item) for item in items], utc=True).tz_localize(None).to_numpy("datetime64[ns]")
+    )
     clouds = [cloud_cover(item) for item in items]
     grid = odc.geo.xr.xr_coords(geobox, dims=("y", "x"))
     return (
@@ -216,7 +234,7 @@ def geobox_for(
         Where the resolution allows it, pixel edges are put on the edges of these items' pixels, so that no resampling
         is needed.
     crs
-        A projected CRS with an EPSG code; by default the UTM zone, among those of the items, that holds most of the area.
+        A projected CRS with an EPSG code; by default the UTM zone, of those of the items, that holds most of the area.
 
     Raises
     ------
@@ -257,7 +275,7 @@ def project(aoi: BaseGeometry, code: int) -> BaseGeometry:
 
 def _utm_for(aoi: BaseGeometry, items: Sequence[pystac.Item]) -> int:
     """The zone with the largest share of the area; only zones that the items come in, if there are items."""
-    shares: Counter[int] = Counter()
+    shares: defaultdict[int, float] = defaultdict(float)
     west, south, east, north = aoi.bounds
     for zone in range(int(np.floor((west + 180) // 6)), int(np.floor((east + 180 - 1e-9) // 6)) + 1):
         strip = shapely.box(zone * 6 - 180, south, zone * 6 - 174, north)
@@ -266,7 +284,7 @@ def _utm_for(aoi: BaseGeometry, items: Sequence[pystac.Item]) -> int:
             shares[(32600 if part.centroid.y >= 0 else 32700) + zone % 60 + 1] += part.area
     present = Counter(code for item in items if (code := epsg(item)) is not None)
     if not present:
-        return shares.most_common(1)[0][0]
+        return max(shares, key=shares.__getitem__)
     covered = {code: shares.get(code, 0.0) for code in present}
     return max(covered, key=lambda code: (covered[code], present[code]))
 

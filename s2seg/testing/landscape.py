@@ -346,25 +346,25 @@ def _paint_towns(g: _Ground, towns: _Towns) -> None:
     for line, pitch, every in lines:
         main = np.rint(line).astype(np.int64) % every == 0
         away = _from_edge(line) * pitch
-        g.paint({Material.ASPHALT: 0.85, Material.CONCRETE: 0.15}, urban * main * _covered(away, g.px(15)), ROAD)
+        g.paint({Material.ASPHALT: 0.85, Material.CONCRETE: 0.15}, urban * main * _covered(away, g.px(18)), ROAD)
         g.paint({Material.ASPHALT: 0.8, Material.CONCRETE: 0.2}, urban * ~main * 0.45 * _covered(away, g.px(8)))
 
 
 def _roads(g: _Ground, towns: _Towns) -> dict[float, Floats]:
     """Width in metres -> distance to such roads: from each town to its neighbours and, at the rim, out of sight."""
     n = towns.columns
-    points: dict[float, list[npt.NDArray[np.float64]]] = {20.0: [], 13.0: []}
+    points: dict[float, list[npt.NDArray[np.float64]]] = {28.0: [], 19.0: []}
     for i, start in enumerate(towns.centres):
         row, column = divmod(i, n)
-        width = 20.0 if row == 0 else 13.0
+        width = 28.0 if row == 0 else 19.0
         east = towns.centres[i + 1] if column < n - 1 else start * [0, 1] + g.size * np.array([1.05, 0.1])
         south = towns.centres[i + n] if row < n - 1 else start * [1, 0] + g.size * np.array([-0.08, 1.05])
         points[width].append(_curve(start, east, g.rng))
-        points[13.0].append(_curve(start, south, g.rng))
+        points[19.0].append(_curve(start, south, g.rng))
         if column == 0:
             points[width].append(_curve(start, start * [0, 1] - 0.05 * g.size, g.rng))
         if row == 0:
-            points[13.0].append(_curve(start, start * [1, 0] - 0.05 * g.size, g.rng))
+            points[19.0].append(_curve(start, start * [1, 0] - 0.05 * g.size, g.rng))
     return {width: g.distance_to(np.concatenate(curves)) for width, curves in points.items()}
 
 

@@ -113,7 +113,9 @@ def test_an_area_in_two_utm_zones_comes_on_one_grid(tmp_path: Path) -> None:
         seen = int((got[i] > 0).sum())
         assert seen == pytest.approx(256 * 256, rel=0.03)
         if item.properties["proj:epsg"] == grid.crs.to_epsg():
-            np.testing.assert_array_equal(np.sort(got[i].values[got[i].values > 0]), np.sort(native(item, "red").ravel()))
+            np.testing.assert_array_equal(
+                np.sort(got[i].values[got[i].values > 0]), np.sort(native(item, "red").ravel())
+            )
 
 
 def test_the_antimeridian_does_not_widen_the_grid() -> None:
