@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
+from s2seg.models.runtimes.tuning import fold_batch_norm, keep_freed_memory
 from s2seg.models.unet import build_network, pools_globally
 
 _LISTED = 3  # names of layers in an error: enough to see the pattern
@@ -49,6 +50,8 @@ class TorchSession:
         self._bfloat16 = precision == "bfloat16"
         if self._bfloat16 and self._device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
             raise ModelError(bundle.path, f"device {device} has no bfloat16 arithmetic: use precision 'float32'")
+        if self._device.type == "cpu":
+            keep_freed_memory()
         network = _load_weights(build_network(bundle.spec), bundle).eval().to(self._device)
         if not bundle.spec.global_context and pools_globally(network, len(bundle.spec.bands)):
             warnings.warn(
@@ -58,6 +61,7 @@ class TorchSession:
                 stacklevel=2,
             )
         # channels last: measured 1.2 times (float32) and 2.2 times (bfloat16) as fast on a CPU, and cuDNN's choice too
+        network = fold_batch_norm(network, len(bundle.spec.bands))
         self._network = network.to(memory_format=torch.channels_last)
         a, b = bundle.spec.affine()
         self._a = torch.from_numpy(a[:, None, None]).to(self._device)

@@ -1,0 +1,99 @@
+"""What the measurements need: scenes of any size, and a network that is fitted to something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+
+from s2seg.legend import Legend
+from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, save_bundle
+from s2seg.sources.composite import CompositeSpec, composite
+from s2seg.sources.search import search
+from s2seg.sources.stack import geobox_for, stack
+from s2seg.testing import synthetic_catalog
+
+BANDS = ("blue", "green", "red", "nir", "swir16", "swir22")
+DATES = "2000/2100"
+
+
+def real_data() -> Path:
+    return Path(os.environ.get("S2SEG_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+def scene(folder: Path, size: int) -> Path:
+    """A one-date catalog of ``size`` x ``size`` pixels at 10 m; made on first use."""
+    catalog = folder / f"scene-{size}" / "catalog.json"
+    tool = real_data().parent / "tools" / "make_scene.py"
+    if catalog.exists():
+        return catalog
+    if tool.exists():
+        command = [sys.executable, "-W", "ignore", str(tool), str(catalog.parent), "--size", str(size), "--dates", "1"]
+        subprocess.run([*command, "--bands", ",".join(BANDS)], check=True, stdout=subprocess.DEVNULL)
+    else:
+        synthetic_catalog(catalog.parent, size=size, dates=("2022-02-01",), cloud_cover=(0.0,))
+    return catalog
+
+
+def inner_box(catalog: Path) -> tuple[float, float, float, float]:
+    """A lon/lat box just within the catalog's scene, so that its grid holds no empty border."""
+    west, south, east, north = search(catalog, (-180, -80, 180, 80), DATES)[0].bbox
+    dx, dy = 0.02 * (east - west), 0.02 * (north - south)
+    return west + dx, south + dy, east - dx, north - dy
+
+
+def fitted_network(folder: Path, steps: int) -> ModelBundle:
+    """A U-Net (mobilenet_v2) fitted for a minute to real or synthetic labels, so that its answers mean something."""
+    path = folder / f"network-{steps}"
+    if (path / "model.json").exists():
+        return load_model(path)
+    pixels, labels, legend = _training_pixels(folder)
+    spec = ModelSpec(
+        name="bench", bands=BANDS, legend=legend, architecture={"name": "Unet", "encoder": "mobilenet_v2"},
+        mean=tuple((pixels.mean(axis=(1, 2)) * 1e-4).tolist()), std=tuple((pixels.std(axis=(1, 2)) * 1e-4).tolist()),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    network = build_network(spec).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    image = torch.from_numpy(
+        (pixels - pixels.mean(axis=(1, 2), keepdims=True)) / pixels.std(axis=(1, 2), keepdims=True)
+    )
+    target = torch.from_numpy(labels)
+    for _ in range(steps):
+        corners = rng.integers(0, np.array(labels.shape) - 160, (8, 2))
+        batch = torch.stack([image[:, y : y + 160, x : x + 160] for y, x in corners])
+        wanted = torch.stack([target[y : y + 160, x : x + 160] for y, x in corners])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(batch), wanted, ignore_index=255).backward()
+        optimizer.step()
+    return save_bundle(path, spec, network.state_dict())
+
+
+def _training_pixels(folder: Path) -> tuple[np.ndarray, np.ndarray, Legend]:
+    """Pixels (band, y, x) float32, channel numbers (y, x) int64, and what they mean."""
+    mekong = real_data() / "mekong"
+    if (mekong / "catalog.json").exists():
+        (item,) = search(mekong / "catalog.json", (-180, -80, 180, 80), DATES)
+        legend, truth = Legend.load("dynamic-world"), mekong / "labels" / "dynamicworld_10m.tif"
+        items = [item]
+    else:
+        region = synthetic_catalog(folder / "fit", size=768, dates=("2022-06-20",), cloud_cover=(0.0,))
+        items, legend, truth = search(region.catalog, region.bbox, DATES), region.legend, region.truth
+    with rasterio.open(truth) as raster:
+        from odc.geo.geobox import GeoBox
+
+        labels = raster.read(1)
+        grid = GeoBox(raster.shape, raster.transform, f"EPSG:{raster.crs.to_epsg()}")
+    channel = np.full(256, 255, dtype=np.int64)
+    channel[list(legend.codes)] = np.arange(len(legend))
+    scene = composite(stack(items, grid, BANDS), CompositeSpec(mask=()))
+    return scene.values.astype(np.float32), channel[labels], legend
+
+
+__all__ = ["BANDS", "DATES", "fitted_network", "geobox_for", "inner_box", "real_data", "scene"]
