@@ -20,11 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from s2seg import cli
+from s2seg import cli, composite, search, stack
 from s2seg.models import ModelSpec, build_network, save_bundle
-from s2seg.sources.composite import composite
-from s2seg.sources.search import search
-from s2seg.sources.stack import stack
 from s2seg.testing import LEGEND, SyntheticRegion, synthetic_catalog
 
 BANDS = ("blue", "green", "red", "rededge2", "nir", "swir16")
