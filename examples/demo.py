@@ -1,6 +1,6 @@
 """From nothing to a land-cover map: make a synthetic region, fit a small U-Net in its west, map it all, score its east.
 
-    python examples/demo.py [FOLDER] [--size 1024] [--steps 400]
+    python examples/demo.py [FOLDER] [--size 1024] [--steps 300]
 
 Needs neither network nor data. The region's true land cover is known, so the score is the map's real accuracy: the
 network was fitted on the western half only, and the score counts pixels of the eastern half only.
@@ -113,7 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--size", type=int, default=1024, help="pixels on a side of the region")
-    parser.add_argument("--steps", type=int, default=400, help="steps of fitting")
+    parser.add_argument("--steps", type=int, default=300, help="steps of fitting")
     options = parser.parse_args()
     folder, start = options.folder, time.monotonic()
 
