@@ -21,7 +21,9 @@ from s2seg.outputs.zarr import read_land_cover
 from s2seg.sources.composite import per_date
 
 
-def compare(output: Path, cloud: str = "cloud", scl_codes: tuple[int, ...] = (8, 9, 10)) -> list[dict[str, float | str]]:
+def compare(
+    output: Path, cloud: str = "cloud", scl_codes: tuple[int, ...] = (8, 9, 10)
+) -> list[dict[str, float | str]]:
     """One row per date: share of clouds in both, agreement, precision and recall of the map against SCL."""
     record = json.loads((output / "run.json").read_text())
     west, south, east, north = _bounds(record["aoi"])

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from s2seg.allocator import WORKER_ENVIRONMENT, keep_freed_memory
 from s2seg.errors import InputError, S2SegError, S2SegWarning
 
 app = typer.Typer(
@@ -113,7 +114,7 @@ def map_command(
     runtime: Annotated[str, typer.Option(help="torch, onnxruntime or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16 or auto.")] = "auto",
-    core: Annotated[int, typer.Option(help="Pixels on a side of a block: memory grows with its square.")] = 1024,
+    core: Annotated[int, typer.Option(help="Pixels on a side of a block: memory grows with its square.")] = 1536,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler, tcp://host:8786.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Start this many local worker processes instead of threads.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, compute nothing.")] = False,
@@ -246,6 +247,7 @@ def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
         with nullcontext():
             yield
         return
+    import dask
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
@@ -256,7 +258,12 @@ def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
         with client:
             yield
         return
-    with LocalCluster(n_workers=workers, threads_per_worker=2, dashboard_address=None) as cluster, Client(cluster):
+    environment = {"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}
+    with (
+        dask.config.set(environment),
+        LocalCluster(n_workers=workers, threads_per_worker=2, dashboard_address=None) as cluster,
+        Client(cluster),
+    ):
         yield
 
 
@@ -303,6 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     int
         0, or 2 for a mistake of the user or in the data, told in one line.
     """
+    keep_freed_memory()  # before any thread starts
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")

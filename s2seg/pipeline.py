@@ -42,6 +42,7 @@ from s2seg.sources.catalogs import Catalog, resolve_catalog
 from s2seg.sources.clip import inside, needs_clip
 from s2seg.sources.composite import CompositeSpec, composite, pass_chunks, per_date
 from s2seg.sources.radiometry import Offset, decide_offsets
+from s2seg.sources.reader import GDAL_ENV
 from s2seg.sources.search import coverage, search
 from s2seg.sources.stack import geobox_for, stack
 from s2seg.windows import ChunkSpec
@@ -53,8 +54,8 @@ _CHUNK_BYTES = 384 * 2**20
 """What the dates and bands of one block may take, decoded."""
 
 _THREADS = 2
-_LIBRARIES_BYTES = 500 * 2**20
-_NETWORK_BYTES_PER_PIXEL = 1400
+_LIBRARIES_BYTES = (500 + GDAL_ENV["GDAL_CACHEMAX"]) * 2**20
+_NETWORK_BYTES_PER_PIXEL = 800  # of a window, measured for a U-Net with mobilenet_v2 in float32
 
 _PICTURE_PIXELS = 1000
 """The quicklook's maps have at most this many pixels on a side."""
@@ -112,7 +113,7 @@ class MapOptions:
     runtime: str = "auto"
     device: str = "auto"
     precision: str = "auto"
-    core: int = 1024
+    core: int = 1536
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -468,7 +469,7 @@ def _bytes(item: pystac.Item, band: str, plan: Plan) -> int:
 def _peak_memory(plan: Plan) -> int:
     """Estimate the peak of one process running two threads, in bytes.
 
-    What counts: the libraries; the network's own buffers, which grow with the window; the dates of the blocks that are
+    What counts: the libraries and GDAL's cache; the network's own buffers, which grow with the window; the dates of the blocks that are
     being read; and the composited blocks that wait for their neighbours, two rows of them within one graph.
     """
     side = plan.chunks.core + plan.chunks.before + plan.chunks.after

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
+from s2seg.allocator import keep_freed_memory
 from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
-from s2seg.models.runtimes.tuning import fold_batch_norm, keep_freed_memory
+from s2seg.models.runtimes.tuning import fold_batch_norm
 from s2seg.models.unet import build_network, pools_globally
 
 _LISTED = 3  # names of layers in an error: enough to see the pattern
