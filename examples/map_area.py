@@ -13,11 +13,10 @@ from pathlib import Path
 import xarray as xr
 
 import s2seg
-from s2seg.sources.aoi import parse_aoi
 
 
 def main(catalog: str, aoi: str, datetime: str, model_path: str, output: str, resolution: float = 10.0) -> xr.Dataset:
-    area = parse_aoi(aoi)
+    area = s2seg.parse_aoi(aoi)
     model = s2seg.load_model(model_path)
     items = s2seg.search(catalog, area, datetime, max_cloud_cover=80)
     grid = s2seg.geobox_for(area, resolution, items)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from s2seg.outputs.quicklook import write_quicklook
     from s2seg.outputs.zarr import write_zarr
     from s2seg.pipeline import MapOptions, map_area, plan_area
+    from s2seg.sources.aoi import parse_aoi
     from s2seg.sources.composite import CompositeSpec, composite, per_date
     from s2seg.sources.search import search
     from s2seg.sources.stack import geobox_for, stack
@@ -33,6 +34,7 @@ _HOME = {
     "geobox_for": "s2seg.sources.stack",
     "load_model": "s2seg.models.bundle",
     "map_area": "s2seg.pipeline",
+    "parse_aoi": "s2seg.sources.aoi",
     "per_date": "s2seg.sources.composite",
     "plan_area": "s2seg.pipeline",
     "predict": "s2seg.inference",
@@ -54,6 +56,7 @@ __all__ = [
     "geobox_for",
     "load_model",
     "map_area",
+    "parse_aoi",
     "per_date",
     "plan_area",
     "predict",

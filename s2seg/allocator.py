@@ -22,10 +22,10 @@ WORKER_ENVIRONMENT = {
 def keep_freed_memory() -> bool:
     """Make glibc reuse large buffers instead of handing them back to the kernel; return whether it did.
 
-    A U-Net on a large window allocates and frees hundreds of megabytes per layer. By default each buffer goes back to the
-    kernel and returns as untouched pages, one fault each, which costs as much as the arithmetic: windows of 1152 px ran
-    at 1.1 to 1.6 Mpx/s with it and at 2.2 without (two cores, mobilenet_v2). One arena serves all threads, so that a
-    buffer freed by one is there for the next.
+    A U-Net on a large window allocates and frees hundreds of megabytes per layer. By default each buffer goes back to
+    the kernel and returns as untouched pages, one fault each, which costs as much as the arithmetic: windows of 1152 px
+    ran at 1.1 to 1.6 Mpx/s with it and at 2.2 without (two cores, mobilenet_v2). One arena serves all threads, so that
+    a buffer freed by one is there for the next.
 
     It holds for the whole process, reaches only threads that start later, and does nothing where malloc is not glibc's.
     """

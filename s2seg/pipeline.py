@@ -32,7 +32,7 @@ from s2seg.inference import LAYERS, Layer, Margin, chunks_for, predict
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle, load_model
 from s2seg.models.runtimes import open_session
-from s2seg.outputs._files import check_writable, writing
+from s2seg.outputs._files import check_writable, remove, writing
 from s2seg.outputs.cog import write_cog
 from s2seg.outputs.quicklook import thumbnail, write_quicklook, write_quicklook_series
 from s2seg.outputs.stac import write_item
@@ -60,7 +60,16 @@ _NETWORK_BYTES_PER_PIXEL = 800  # of a window, measured for a U-Net with mobilen
 _PICTURE_PIXELS = 1000
 """The quicklook's maps have at most this many pixels on a side."""
 
-_OUTPUTS = ("land_cover.zarr", "land_cover.tif", "item.json", "quicklook.png", "run.json")
+_OUTPUTS = (
+    "run.json",
+    "land_cover.zarr",
+    "land_cover*.tif",
+    "land_cover*.tif.aux.xml",
+    "land_cover*.qml",
+    "item*.json",
+    "quicklook.png",
+)
+"""What a run writes; a date stands where the star is in ``per-date`` mode."""
 
 _VERSIONS = ("s2seg", "dask", "numpy", "odc-geo", "pystac-client", "rasterio", "stackstac", "xarray", "zarr")
 
@@ -349,8 +358,9 @@ def map_area(
             record = _record(
                 plan, str(resolve_catalog(catalog).url), datetime, offsets, products, counts, session, notes, clock
             )
-            (staged / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-            _publish(staged, folder)
+            with writing(folder):
+                (staged / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+                _publish(staged, folder)
     return MapResult(
         zarr=folder / "land_cover.zarr",
         land_cover=tuple(folder / name for name, _ in products),
@@ -469,8 +479,8 @@ def _bytes(item: pystac.Item, band: str, plan: Plan) -> int:
 def _peak_memory(plan: Plan) -> int:
     """Estimate the peak of one process running two threads, in bytes.
 
-    What counts: the libraries and GDAL's cache; the network's own buffers, which grow with the window; the dates of the blocks that are
-    being read; and the composited blocks that wait for their neighbours, two rows of them within one graph.
+    What counts: the libraries and GDAL's cache; the network's own buffers, which grow with the window; the dates of
+    the blocks that are being read; and the composited blocks that wait for their neighbours, two rows of them.
     """
     side = plan.chunks.core + plan.chunks.before + plan.chunks.after
     reading = _THREADS * plan.dates_per_block * len(plan.bands) * side**2 * 2
@@ -517,9 +527,9 @@ def _silent(stage: str, done: int, total: int) -> None:
 def _refuse_existing(folder: Path, options: MapOptions) -> None:
     """Check the output before anything is read."""
     check_writable(folder / "run.json", overwrite=options.overwrite)
-    found = [name for name in _OUTPUTS if (folder / name).exists()]
+    found = [path for pattern in _OUTPUTS for path in folder.glob(pattern)]
     if found and not options.overwrite:
-        raise OutputError(str(folder / found[0]), "it exists already; pass --overwrite to replace it")
+        raise OutputError(str(found[0]), "it exists already; pass --overwrite to replace it")
 
 
 @contextmanager
@@ -541,11 +551,11 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 def _publish(staged: Path, folder: Path) -> None:
     """Move finished outputs to their names; run.json goes last, so that it vouches for the rest."""
+    for pattern in _OUTPUTS:
+        for earlier in folder.glob(pattern):
+            remove(earlier)
     for path in sorted(staged.iterdir(), key=lambda p: p.name == "run.json"):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
+        path.replace(folder / path.name)
 
 
 def _count(land_cover: xr.DataArray, legend: Legend) -> npt.NDArray[np.int64]:
@@ -597,7 +607,7 @@ def _write_products(
             datetime=times[0] if plan.options.dates_apart else (min(times), max(times)),
             source_items=items,
             model={"name": plan.model.spec.name, "sha256": plan.model.sha256},
-            item_id=f"s2seg{suffix}" if suffix else "s2seg",
+            item_id=f"land-cover{suffix}" if suffix else f"land-cover_{min(times):%Y%m%d}_{max(times):%Y%m%d}",
             created=datetime.now(UTC),
             version=importlib.metadata.version("s2seg"),
         )

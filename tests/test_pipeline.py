@@ -138,6 +138,9 @@ def test_a_second_run_is_refused_unless_asked_to_replace(
     assert (out / "run.json").read_bytes() == before
     map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(overwrite=True))
     assert (out / "run.json").read_bytes() != before
+    map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(overwrite=True, composite="per-date"))
+    assert not (out / "land_cover.tif").exists() and not (out / "item.json").exists(), "of the earlier run"
+    assert len(list(out.glob("land_cover_*.tif"))) == 3
 
 
 def test_the_plan_is_the_run(synthetic: SyntheticRegion, model: ModelBundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -64,7 +65,9 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
-        raise OutputError(str(path), f"{reason}; free some space or choose another path") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way_out = "free some space or choose another path" if full else "choose another path"
+        raise OutputError(str(path), f"{reason}; {way_out}") from error
 
 
 @contextmanager

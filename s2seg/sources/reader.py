@@ -263,10 +263,19 @@ def _repeat(
     if rows.start == rows.stop or cols.start == cols.stop:
         return out
     coarse = dataset.read(1, window=_window(rows, cols))
-    fine = _interpolate(coarse, factor) if margin else coarse.repeat(factor, axis=0).repeat(factor, axis=1)
-    from_rows, put_rows = _clip(top - rows.start * factor, out.shape[0], fine.shape[0])
-    from_cols, put_cols = _clip(left - cols.start * factor, out.shape[1], fine.shape[1])
-    out[put_rows, put_cols] = fine[from_rows, from_cols]
+    height, width = (n * factor for n in coarse.shape)
+    from_rows, put_rows = _clip(top - rows.start * factor, out.shape[0], height)
+    from_cols, put_cols = _clip(left - cols.start * factor, out.shape[1], width)
+    if margin:
+        out[put_rows, put_cols] = _interpolate(coarse, factor)[from_rows, from_cols]
+        return out
+    wide = coarse.repeat(factor, axis=1)[:, from_cols]
+    target = out[put_rows, put_cols]
+    for first in range(min(factor, len(target))):
+        # every factor-th row from here shows consecutive coarse rows: whole rows are copied, once
+        start = (from_rows.start + first) // factor
+        part = target[first::factor]
+        part[:] = wide[start : start + len(part)]
     return out
 
 

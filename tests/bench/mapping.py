@@ -214,8 +214,9 @@ def end_to_end(catalog: Path, size: int, model: str, folder: Path, console: Cons
     pixels = record["grid"]["shape"][0] * record["grid"]["shape"][1] / 1e6
     (same, bare), _ = fresh(_network_alone, catalog, model)
     row = {
-        "size": size, "mpx": pixels, "seconds": seconds, "first_seconds": first, "stages": record["seconds"], "peak_bytes": peak,
-        "planned_bytes": planned, "network_seconds": pixels / bare, "network_with_overlap_seconds": pixels / same,
+        "size": size, "mpx": pixels, "seconds": seconds, "first_seconds": first, "stages": record["seconds"],
+        "peak_bytes": peak, "planned_bytes": planned, "network_seconds": pixels / bare,
+        "network_with_overlap_seconds": pixels / same,
     }  # fmt: skip
     console.print(
         f"{size} px: {seconds:.1f} s for {pixels:.1f} Mpx; the network alone {pixels / bare:.1f} s, "
