@@ -114,7 +114,7 @@ def map_command(
     runtime: Annotated[str, typer.Option(help="torch, onnxruntime or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, bf16 or auto.")] = "auto",
-    core: Annotated[int, typer.Option(help="Pixels on a side of a block: memory grows with its square.")] = 1536,
+    core: Annotated[int, typer.Option(help="Pixels on a side of a block: memory grows with its square.")] = 1024,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler, tcp://host:8786.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Start this many local worker processes instead of threads.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, compute nothing.")] = False,

@@ -128,7 +128,7 @@ def predict(
     return _dataset(blocks[:, : size[0], : size[1]], area, model, ordered)
 
 
-def chunks_for(model: ModelBundle, core: int = 1536) -> ChunkSpec:
+def chunks_for(model: ModelBundle, core: int = 1024) -> ChunkSpec:
     """Choose the geometry for a model.
 
     Networks of a fixed input size, or whose answer depends on the window's size because they pool globally, get a

@@ -122,7 +122,7 @@ class MapOptions:
     runtime: str = "auto"
     device: str = "auto"
     precision: str = "auto"
-    core: int = 1536
+    core: int = 1024
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -68,7 +68,7 @@ class ChunkSpec:
     blend: bool
 
     @classmethod
-    def trimmed(cls, core: int = 1536, step: int = 1536, depth: int = 64, stride: int = 32) -> ChunkSpec:
+    def trimmed(cls, core: int = 1024, step: int = 1024, depth: int = 64, stride: int = 32) -> ChunkSpec:
         """Windows of ``step + 2 * depth`` pixels of which ``depth`` on each side are thrown away.
 
         Raises
@@ -84,7 +84,7 @@ class ChunkSpec:
         return cls(core=core, step=step, before=depth, after=depth, unit=stride, blend=False)
 
     @classmethod
-    def blended(cls, core: int = 1536, window: int = 256, overlap: int = 64, stride: int = 32) -> ChunkSpec:
+    def blended(cls, core: int = 1024, window: int = 256, overlap: int = 64, stride: int = 32) -> ChunkSpec:
         """Windows of a fixed size that overlap and are averaged with a taper.
 
         The core is rounded down to whole steps of ``window - overlap`` pixels, so that the windows form one lattice

@@ -252,7 +252,10 @@ def _composite_block(
     usable = clear[:, 0] & (data != 0).all(axis=1)
     data, usable = _mosaic_passes(data, usable, groups)
     out = np.zeros((data.shape[1] + 1, *data.shape[2:]), dtype=np.uint16)
-    if usable.any():
+    if len(data) == 1:
+        np.copyto(out[:-1], data[0], where=usable[0])  # one date is its own median, and its own best
+        out[-1] = usable[0]
+    elif usable.any():
         out[:-1] = reduce(data, usable)
         out[-1] = usable.sum(axis=0)
     return out
