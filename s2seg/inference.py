@@ -132,9 +132,9 @@ def chunks_for(model: ModelBundle, core: int = 1024) -> ChunkSpec:
     """Choose the geometry for a model.
 
     Networks of a fixed input size, or whose answer depends on the window's size because they pool globally, get a
-    tapered blend of their own windows. All others see a whole block at once and are trimmed: a core of 1024 keeps 99.9 %
-    agreement with a whole image, and a run under 4 GiB with torch on a CPU; 1536 is a little faster net of its overlap
-    but reaches 4 GiB on a whole tile (``python -m tests.bench map``).
+    tapered blend of their own windows. All others see a whole block at once and are trimmed: a core of 1024 keeps
+    99.9 % agreement with a whole image, and a run under 4 GiB with torch on a CPU; 1536 is a little faster net of its
+    overlap but reaches 4 GiB on a whole tile (``python -m tests.bench map``).
 
     Parameters
     ----------
