@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -244,8 +244,7 @@ def _plan_table(plan: Any) -> Table:
 def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
     """Run dask where asked: threads of this process, local worker processes, or a running scheduler."""
     if scheduler is None and workers == 0:
-        with nullcontext():
-            yield
+        yield
         return
     import dask
     from distributed import Client, LocalCluster

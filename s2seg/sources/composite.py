@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
-import odc.geo.xr
+import odc.geo.xr  # noqa: F401  registers the .odc accessor
 import xarray as xr
 from scipy import ndimage
 
@@ -361,6 +361,3 @@ def _grid_coords(stack: xr.DataArray) -> dict[str, xr.DataArray]:
 def _scene(both: da.Array, stack: xr.DataArray, bands: Sequence[str]) -> xr.DataArray:
     scene = xr.DataArray(both[:-1], dims=("band", "y", "x"), coords=_grid_coords(stack) | {"band": list(bands)})
     return scene.assign_coords(observations=(("y", "x"), both[-1])).rename("scene")
-
-
-odc.geo.xr  # noqa: B018  importing it registers the .odc accessor

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
+from odc.geo.geobox import GeoBox
 
 from s2seg.legend import Legend
 from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, save_bundle
 from s2seg.sources.composite import CompositeSpec, composite
 from s2seg.sources.search import search
-from s2seg.sources.stack import geobox_for, stack
+from s2seg.sources.stack import stack
 from s2seg.testing import synthetic_catalog
 
 BANDS = ("blue", "green", "red", "nir", "swir16", "swir22")
@@ -86,14 +87,9 @@ def _training_pixels(folder: Path) -> tuple[np.ndarray, np.ndarray, Legend]:
         region = synthetic_catalog(folder / "fit", size=768, dates=("2022-06-20",), cloud_cover=(0.0,))
         items, legend, truth = search(region.catalog, region.bbox, DATES), region.legend, region.truth
     with rasterio.open(truth) as raster:
-        from odc.geo.geobox import GeoBox
-
         labels = raster.read(1)
         grid = GeoBox(raster.shape, raster.transform, f"EPSG:{raster.crs.to_epsg()}")
     channel = np.full(256, 255, dtype=np.int64)
     channel[list(legend.codes)] = np.arange(len(legend))
     scene = composite(stack(items, grid, BANDS), CompositeSpec(mask=()))
     return scene.values.astype(np.float32), channel[labels], legend
-
-
-__all__ = ["BANDS", "DATES", "fitted_network", "geobox_for", "inner_box", "real_data", "scene"]
