@@ -1,0 +1,1 @@
+"""Training: the scenes that mapping reads, cut into chips, split by place, and fitted with a network."""
