@@ -102,37 +102,41 @@ class TrainConfig(Section):
         description="STAC common names, in the order of the network's input",
         examples=[["blue", "green", "red", "nir", "swir16", "swir22"]],
     )
-    resolution: PositiveFloat = Field(10.0, description="metres per pixel")
-    crs: str | None = Field(None, description="projected CRS; by default the UTM zone that holds most of an area")
+    resolution: PositiveFloat = Field(default=10.0, description="metres per pixel")
+    crs: str | None = Field(
+        default=None, description="projected CRS; by default the UTM zone that holds most of an area"
+    )
     composite: CompositeField = Field(
         default_factory=CompositeSpec,
         description="how dates become one scene: a method's name, or {method, mask, dilate, percentile}",
     )
     resampling: Literal["nearest", "bilinear"] = Field(
-        "nearest", description="how 20 and 60 m bands reach a finer grid"
+        default="nearest", description="how 20 and 60 m bands reach a finer grid"
     )
     seasons: dict[str, Annotated[str, AfterValidator(check_season)]] = Field(
         default_factory=dict,
         description="name: MM-DD/MM-DD; each is a composite of its own and its bands are stacked as band@name",
         examples=[{"spring": "03-01/05-31", "summer": "06-01/08-31"}],
     )
-    areas: tuple[AreaConfig, ...] = Field((), description="the places with labels")
-    tiles: TilesConfig | None = Field(None, description="ready-cut pairs of images and masks, instead of areas")
+    areas: tuple[AreaConfig, ...] = Field(default=(), description="the places with labels")
+    tiles: TilesConfig | None = Field(default=None, description="ready-cut pairs of images and masks, instead of areas")
     split: SplitConfig = Field(default_factory=SplitConfig, description="train, validation and test")
     chips: ChipsConfig = Field(default_factory=ChipsConfig, description="how samples are cut")
     network: NetworkConfig = Field(default_factory=NetworkConfig, description="what is trained")
-    loss: str = Field("cross_entropy", description="a loss, or a sum such as 0.6*focal_tversky + 0.4*cross_entropy")
+    loss: str = Field(
+        default="cross_entropy", description="a loss, or a sum such as 0.6*focal_tversky + 0.4*cross_entropy"
+    )
     class_weights: Literal["none", "inverse_frequency", "inverse_samples", "effective_number"] = Field(
-        "none", description="how rare classes count for more in the loss"
+        default="none", description="how rare classes count for more in the loss"
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="how the weights move")
     schedule: Literal["none", "plateau", "cosine", "one_cycle"] = Field(
-        "one_cycle", description="how the learning rate changes"
+        default="one_cycle", description="how the learning rate changes"
     )
     fit: FitConfig = Field(default_factory=FitConfig, description="how long and where it runs")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="how chips are varied")
     logs: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = Field(
-        ("csv", "tensorboard"), description="where the curves go"
+        default=("csv", "tensorboard"), description="where the curves go"
     )
 
     @property

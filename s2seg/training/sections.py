@@ -88,10 +88,12 @@ LegendField = Annotated[InstanceOf[Legend], BeforeValidator(_legend), PlainSeria
 class CompositeSection(Section):
     """How dates become one scene."""
 
-    method: Method = Field("median", description="how the clear dates are reduced")
-    mask: tuple[str, ...] = Field(DEFAULT_MASK, description="scene classes (SCL) to leave out; empty keeps everything")
-    dilate: NonNegativeFloat = Field(0.0, description="metres by which the mask grows")
-    percentile: float = Field(25.0, ge=0, le=100, description="for percentile: 0 to 100")
+    method: Method = Field(default="median", description="how the clear dates are reduced")
+    mask: tuple[str, ...] = Field(
+        default=DEFAULT_MASK, description="scene classes (SCL) to leave out; empty keeps everything"
+    )
+    dilate: NonNegativeFloat = Field(default=0.0, description="metres by which the mask grows")
+    percentile: float = Field(default=25.0, ge=0, le=100, description="for percentile: 0 to 100")
 
     @model_validator(mode="before")
     @classmethod
@@ -126,12 +128,14 @@ class RasterLabelsConfig(Section):
     """Labels from a raster: a GeoTIFF or COG, or an asset of a STAC item."""
 
     raster: Href = Field(description="GeoTIFF or COG, or a STAC item (JSON)", examples=["labels.tif"])
-    resampling: Literal["mode", "nearest"] = Field("mode", description="how labels reach the grid of the scene")
-    band: PositiveInt = Field(1, description="band of the raster, from 1")
-    asset: str | None = Field(None, description="asset of a STAC item that holds the labels")
-    colors: dict[str, int] | None = Field(None, description="for an RGB mask: '#rrggbb' to the code it stands for")
+    resampling: Literal["mode", "nearest"] = Field(default="mode", description="how labels reach the grid of the scene")
+    band: PositiveInt = Field(default=1, description="band of the raster, from 1")
+    asset: str | None = Field(default=None, description="asset of a STAC item that holds the labels")
+    colors: dict[str, int] | None = Field(
+        default=None, description="for an RGB mask: '#rrggbb' to the code it stands for"
+    )
     remap: dict[int | str, int | str | None] | None = Field(
-        None, description="value in the file to legend code or class name; null drops it"
+        default=None, description="value in the file to legend code or class name; null drops it"
     )
 
 
@@ -140,13 +144,13 @@ class VectorLabelsConfig(Section):
 
     vector: Href = Field(description="GeoPackage, GeoJSON, GeoParquet or shapefile", examples=["labels.gpkg"])
     column: str = Field(description="column that holds the class", examples=["class"])
-    layer: str | None = Field(None, description="layer of the file; the first by default")
-    all_touched: bool = Field(False, description="burn every pixel that a feature touches, not only its centre")
+    layer: str | None = Field(default=None, description="layer of the file; the first by default")
+    all_touched: bool = Field(default=False, description="burn every pixel that a feature touches, not only its centre")
     priority: tuple[int | str, ...] | None = Field(
-        None, description="values by rank, the one that wins last; without it later features win"
+        default=None, description="values by rank, the one that wins last; without it later features win"
     )
     remap: dict[int | str, int | str | None] | None = Field(
-        None, description="value in the file to legend code or class name; null drops it"
+        default=None, description="value in the file to legend code or class name; null drops it"
     )
 
 
@@ -178,18 +182,20 @@ class AreaConfig(Section):
     catalog: Annotated[str, AfterValidator(_resolve_catalog)] = Field(
         description="catalog's name, URL or path", examples=["earth-search"]
     )
-    collection: str | None = Field(None, description="STAC collection; by default the catalog's own choice")
+    collection: str | None = Field(default=None, description="STAC collection; by default the catalog's own choice")
     datetime: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field(
         min_length=1,
         description="when: 2020-08, or 2020-06-01/2020-08-31; a list gives one scene per entry, with the same labels",
         examples=["2020-08"],
     )
     aoi: Annotated[tuple[float, float, float, float] | dict[str, Any] | str | None, AfterValidator(_resolve_aoi)] = (
-        Field(None, description="west, south, east, north in degrees, a GeoJSON file or WKT; null: the labels'")
+        Field(default=None, description="west, south, east, north in degrees, a GeoJSON file or WKT; null: the labels'")
     )
-    max_cloud_cover: float | None = Field(None, ge=0, le=100, description="leave out cloudier scenes, in percent")
+    max_cloud_cover: float | None = Field(
+        default=None, ge=0, le=100, description="leave out cloudier scenes, in percent"
+    )
     labels: LabelsField = Field(description="raster: PATH, or vector: PATH and column: NAME")
-    split: Part | None = Field(None, description="part of the whole area, for split.by area")
+    split: Part | None = Field(default=None, description="part of the whole area, for split.by area")
 
 
 class TilesConfig(Section):
@@ -197,24 +203,28 @@ class TilesConfig(Section):
 
     images: Href = Field(description="folder of GeoTIFF, PNG or JPEG tiles", examples=["tiles/images"])
     labels: Href = Field(description="folder of masks, with the images' file names", examples=["tiles/labels"])
-    colors: dict[str, int] | None = Field(None, description="for RGB masks: '#rrggbb' to the code it stands for")
+    colors: dict[str, int] | None = Field(
+        default=None, description="for RGB masks: '#rrggbb' to the code it stands for"
+    )
     remap: dict[int | str, int | str | None] | None = Field(
-        None, description="value in the masks to legend code or class name; null drops it"
+        default=None, description="value in the masks to legend code or class name; null drops it"
     )
 
 
 class SplitConfig(Section):
     """Which ground is learned from, which is watched during training, and which is kept for the scores."""
 
-    by: Literal["blocks", "area", "geometries"] = Field("blocks", description="never by single chips: they overlap")
-    block: PositiveInt = Field(256, description="pixels on a side of a block")
-    fractions: tuple[Share, Share, Share] = Field(
-        (0.7, 0.15, 0.15), description="train, validation and test, of the labelled pixels"
+    by: Literal["blocks", "area", "geometries"] = Field(
+        default="blocks", description="never by single chips: they overlap"
     )
-    buffer: NonNegativeInt = Field(0, description="pixels left out on each side of a border between parts")
-    seed: NonNegativeInt = Field(0, description="decides which block goes where")
+    block: PositiveInt = Field(default=256, description="pixels on a side of a block")
+    fractions: tuple[Share, Share, Share] = Field(
+        default=(0.7, 0.15, 0.15), description="train, validation and test, of the labelled pixels"
+    )
+    buffer: NonNegativeInt = Field(default=0, description="pixels left out on each side of a border between parts")
+    seed: NonNegativeInt = Field(default=0, description="decides which block goes where")
     geometries: dict[Part, Href] | None = Field(
-        None, description="for geometries: vector file of validation and of test; the rest is train"
+        default=None, description="for geometries: vector file of validation and of test; the rest is train"
     )
 
     @field_validator("fractions")
@@ -236,14 +246,16 @@ class SplitConfig(Section):
 class ChipsConfig(Section):
     """How training samples are cut."""
 
-    size: PositiveInt = Field(128, description="pixels on a side, a multiple of the network's stride")
-    stride: PositiveInt = Field(64, description="pixels from one chip to the next; less than size overlaps them")
-    sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: () if v is None else v)] = Field(
-        (), description="further windows in pixels, resampled to size: several scales"
+    size: PositiveInt = Field(default=128, description="pixels on a side, a multiple of the network's stride")
+    stride: PositiveInt = Field(
+        default=64, description="pixels from one chip to the next; less than size overlaps them"
     )
-    min_labelled: Share = Field(0.1, description="least share of labelled pixels")
-    max_nodata: Share = Field(0.5, description="greatest share of pixels without data, clouds among them")
-    drop_only: tuple[str, ...] = Field((), description="classes by name: a chip of nothing else is left out")
+    sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: () if v is None else v)] = Field(
+        default=(), description="further windows in pixels, resampled to size: several scales"
+    )
+    min_labelled: Share = Field(default=0.1, description="least share of labelled pixels")
+    max_nodata: Share = Field(default=0.5, description="greatest share of pixels without data, clouds among them")
+    drop_only: tuple[str, ...] = Field(default=(), description="classes by name: a chip of nothing else is left out")
 
     @model_validator(mode="after")
     def _no_gaps(self) -> ChipsConfig:
@@ -255,16 +267,19 @@ class ChipsConfig(Section):
 class NetworkConfig(Section):
     """What is trained."""
 
-    architecture: str = Field("Unet", description="Unet, UnetPlusPlus, DeepLabV3Plus, FPN, Segformer, MAnet, ...")
-    encoder: str = Field("resnet18", description="of segmentation_models_pytorch, or tu- and a timm name")
+    architecture: str = Field(
+        default="Unet", description="Unet, UnetPlusPlus, DeepLabV3Plus, FPN, Segformer, MAnet, ..."
+    )
+    encoder: str = Field(default="resnet18", description="of segmentation_models_pytorch, or tu- and a timm name")
     weights: Annotated[str | None, AfterValidator(lambda v, info: v and _resolve_weights(v, info))] = Field(
-        None, description="where training starts: null (from scratch), imagenet, or a path or URL of weights or a model"
+        default=None,
+        description="where training starts: null (from scratch), imagenet, or a path or URL of weights or a model",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="the architecture's own, such as {encoder_depth: 3}"
     )
     depth: NonNegativeInt | None = Field(
-        None, description="pixels of context on each side of a block when mapping; null: two strides"
+        default=None, description="pixels of context on each side of a block when mapping; null: two strides"
     )
 
     @field_validator("arguments")
@@ -284,46 +299,50 @@ class NetworkConfig(Section):
 class OptimizerConfig(Section):
     """How weights move."""
 
-    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="the method")
-    learning_rate: PositiveFloat = Field(1e-3, description="highest learning rate")
-    encoder_learning_rate: PositiveFloat | None = Field(None, description="the encoder's own; null: the same")
-    weight_decay: NonNegativeFloat = Field(1e-4, description="pull of the weights towards zero")
-    freeze_encoder: NonNegativeInt = Field(0, description="epochs for which the encoder stays as it is")
+    name: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="the method")
+    learning_rate: PositiveFloat = Field(default=1e-3, description="highest learning rate")
+    encoder_learning_rate: PositiveFloat | None = Field(default=None, description="the encoder's own; null: the same")
+    weight_decay: NonNegativeFloat = Field(default=1e-4, description="pull of the weights towards zero")
+    freeze_encoder: NonNegativeInt = Field(default=0, description="epochs for which the encoder stays as it is")
 
 
 class FitConfig(Section):
     """How long and how training runs."""
 
-    epochs: PositiveInt = Field(20, description="at most this many")
-    steps_per_epoch: PositiveInt | None = Field(None, description="batches in an epoch; null: each chip about once")
-    batch_size: PositiveInt = Field(16, description="chips in a batch")
-    accumulate: PositiveInt = Field(1, description="batches summed before the weights move")
+    epochs: PositiveInt = Field(default=20, description="at most this many")
+    steps_per_epoch: PositiveInt | None = Field(
+        default=None, description="batches in an epoch; null: each chip about once"
+    )
+    batch_size: PositiveInt = Field(default=16, description="chips in a batch")
+    accumulate: PositiveInt = Field(default=1, description="batches summed before the weights move")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the arithmetic; auto: bfloat16 where the machine is fast at it"
+        default="auto", description="of the arithmetic; auto: bfloat16 where the machine is fast at it"
     )
     sampling: Literal["balanced", "uniform"] = Field(
-        "balanced", description="balanced draws each class equally often, uniform takes each chip once"
+        default="balanced", description="balanced draws each class equally often, uniform takes each chip once"
     )
-    patience: PositiveInt | None = Field(None, description="stop after this many epochs without a better score")
-    seed: NonNegativeInt = Field(0, description="the same seed gives the same weights on a CPU")
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = Field("auto", description="where it runs")
-    devices: PositiveInt = Field(1, description="how many of them; several run as DDP")
+    patience: PositiveInt | None = Field(default=None, description="stop after this many epochs without a better score")
+    seed: NonNegativeInt = Field(default=0, description="the same seed gives the same weights on a CPU")
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = Field(default="auto", description="where it runs")
+    devices: PositiveInt = Field(default=1, description="how many of them; several run as DDP")
 
 
 class AugmentConfig(Section):
     """How chips are varied; 0, false or null switches a variation off."""
 
-    flips: bool = Field(True, description="mirrored and turned by quarters")
-    scale: tuple[PositiveFloat, PositiveFloat] | None = Field((0.8, 1.25), description="zoom, least and greatest")
-    gain: NonNegativeFloat = Field(0.1, description="spread of the brightness, common and per band")
-    offset: NonNegativeFloat = Field(0.01, description="spread of what is added, in reflectance")
-    noise: NonNegativeFloat = Field(0.0, description="spread of the noise of each pixel, in reflectance")
-    blur: Share = Field(0.0, description="share of chips that are blurred")
-    band_dropout: Share = Field(0.0, description="share of chips that lose a band")
-    haze: Share = Field(0.0, description="share of chips under synthetic haze")
-    clouds: Share = Field(0.0, description="share of chips with synthetic clouds; what they hide has no label")
-    cutmix: Share = Field(0.0, description="share of chips with a rectangle of another one (CutMix)")
-    copy_paste: Share = Field(0.0, description="share of chips that get rare classes of another one")
+    flips: bool = Field(default=True, description="mirrored and turned by quarters")
+    scale: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=(0.8, 1.25), description="zoom, least and greatest"
+    )
+    gain: NonNegativeFloat = Field(default=0.1, description="spread of the brightness, common and per band")
+    offset: NonNegativeFloat = Field(default=0.01, description="spread of what is added, in reflectance")
+    noise: NonNegativeFloat = Field(default=0.0, description="spread of the noise of each pixel, in reflectance")
+    blur: Share = Field(default=0.0, description="share of chips that are blurred")
+    band_dropout: Share = Field(default=0.0, description="share of chips that lose a band")
+    haze: Share = Field(default=0.0, description="share of chips under synthetic haze")
+    clouds: Share = Field(default=0.0, description="share of chips with synthetic clouds; what they hide has no label")
+    cutmix: Share = Field(default=0.0, description="share of chips with a rectangle of another one (CutMix)")
+    copy_paste: Share = Field(default=0.0, description="share of chips that get rare classes of another one")
 
     @field_validator("scale")
     @classmethod
