@@ -1,0 +1,558 @@
+"""The chip store: samples for training as a sharded Zarr group, written once, read fast."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec
+
+from s2seg.errors import InputError
+from s2seg.legend import Legend
+from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.training.cutting import Place, Planes, Window, blocks_of, cut
+from s2seg.training.splits import PARTS
+
+Images = npt.NDArray[np.uint16]
+Labels = npt.NDArray[np.uint8]
+Keep = Callable[[Images, Labels], bool]
+Progress = Callable[[int, int], None]
+
+_FORMAT = 1
+_SHARD_BYTES = 16 * 2**20  # what a writer holds at once, and one file
+_IN_MEMORY = 2**30  # a store up to this size is decoded once and kept
+_TABLES = {"origin": np.int32, "size": np.int32, "part": np.uint8, "histogram": np.int64}
+# bit planes of neighbouring pixels compress well, and lz4 decodes faster than a disk reads
+_CODEC = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")
+
+
+@dataclass(frozen=True)
+class ChipSpec:
+    """How an area is cut into chips, and which are worth keeping.
+
+    Parameters
+    ----------
+    size
+        Pixels on a side of a stored chip.
+    stride
+        Pixels from one chip to the next; less than ``size`` overlaps them.
+    sizes
+        More window sizes, in pixels of the scene, each resampled to ``size``: a larger one shows more context at a
+        coarser scale, a smaller one is magnified. Their strides grow and shrink with them.
+    min_labelled
+        Least fraction of a chip's pixels that must have a label of the chip's part.
+    max_nodata
+        Greatest fraction without data: clouds that no date sees through, the edge of a swath.
+    drop_only
+        Codes: a chip with no other class than these is left out.
+
+    Raises
+    ------
+    InputError
+        For numbers out of range.
+
+    Notes
+    -----
+    Both fractions are of the pixels inside the area; a chip that is padded because the area is smaller is not blamed
+    for its padding.
+    """
+
+    size: int = 128
+    stride: int = 64
+    sizes: tuple[int, ...] = ()
+    min_labelled: float = 0.1
+    max_nodata: float = 0.5
+    drop_only: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.size, *self.sizes, self.size) < 1 or not 1 <= self.stride <= self.size:
+            raise InputError(
+                f"chips of {self.size} pixels every {self.stride} make no sense: the sizes must be positive, "
+                "and the stride from 1 to the size, so that nothing is skipped"
+            )
+        for name in ("min_labelled", "max_nodata"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} must lie between 0 and 1, not {value:g}")
+
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """(window, stride) for every size, the stored one first; each covers an area equally often."""
+        sizes = dict.fromkeys((self.size, *self.sizes))
+        return [(size, max(1, round(self.stride * size / self.size))) for size in sizes]
+
+
+class ChipStore:
+    """Chips on disk, in an order that does not depend on how the scenes were cut into blocks.
+
+    Made by :func:`write_chips` and :func:`open_chips`. A chip belongs to one part of the split; its label holds that
+    part's pixels and nodata elsewhere, so that a window across a border gives no part a look at another's labels.
+
+    Parameters
+    ----------
+    path
+        The Zarr group.
+
+    Attributes
+    ----------
+    origin
+        (n, 3) int32: index of the region, row and column of the window's first pixel.
+    size
+        (n,) int32: pixels of the scene on a side of the window.
+    part
+        (n,) uint8: index in :data:`~s2seg.training.splits.PARTS` plus 1.
+    area, date
+        (n,) str: the region's name and date.
+    histogram
+        (n, class) int64: labelled pixels of each class, in channel order.
+    mean, std
+        (band,) float64 reflectance, over the valid pixels of the training chips.
+    bands, items
+        Names of the bands; ids of all source items.
+    legend, spec, fingerprint
+        What the store was made with.
+
+    Raises
+    ------
+    InputError
+        If there is no chip store at ``path``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._group, about = _open(self.path)
+        self._lock = threading.Lock()
+        self._memory: tuple[Images, Labels] | None = None
+        self.fingerprint: str = about["fingerprint"]
+        self.legend = Legend.from_dict(about["legend"], where=str(path))
+        self.bands: tuple[str, ...] = tuple(about["bands"])
+        spec = about["spec"]
+        self.spec = ChipSpec(**spec | {k: tuple(spec[k]) for k in ("sizes", "drop_only")})
+        self.mean = np.array(about["mean"])
+        self.std = np.array(about["std"])
+        self.items: tuple[str, ...] = tuple(dict.fromkeys(i for r in about["regions"] for i in r["items"]))
+        origin, size, part, histogram = (_values(self._group, name) for name in _TABLES)
+        # chips lie in the order in which blocks were read; they are counted by place
+        order = np.lexsort((part, origin[:, 2], origin[:, 1], size, origin[:, 0]))
+        self._order: npt.NDArray[np.int64] = order
+        self.origin, self.size, self.part, self.histogram = origin[order], size[order], part[order], histogram[order]
+        self.area, self.date = (
+            np.array([r[key] for r in about["regions"]])[self.origin[:, 0]] for key in ("name", "date")
+        )
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{len(self.indices(p))} {p}" for p in PARTS)
+        return f"ChipStore({str(self.path)!r}: {parts}; {len(self.bands)} bands, {self.spec.size} px)"
+
+    def __reduce__(self) -> tuple[type[ChipStore], tuple[Path]]:
+        return ChipStore, (self.path,)
+
+    def indices(self, part: str) -> npt.NDArray[np.int64]:
+        """Chips of ``"train"``, ``"validation"`` or ``"test"``, as indices for the rest."""
+        return np.flatnonzero(self.part == PARTS.index(part) + 1)
+
+    def images(self, indices: int | slice | npt.ArrayLike) -> Images:
+        """(n, band, size, size) uint16 DN, 0 is nodata; a single index gives n = 1."""
+        return cast(Images, self._read("image", indices))
+
+    def labels(self, indices: int | slice | npt.ArrayLike) -> Labels:
+        """(n, size, size) uint8 legend codes."""
+        return cast(Labels, self._read("label", indices))
+
+    def _read(self, name: str, indices: int | slice | npt.ArrayLike) -> npt.NDArray[Any]:
+        slots = self._order[indices if isinstance(indices, slice) else np.atleast_1d(np.asarray(indices))]
+        if self._fits_memory:
+            return self._decoded[name == "label"][slots]
+        array = _array(self._group, name)
+        # one by one: zarr's fancy indexing decodes whole shards
+        chips = [array[int(slot)] for slot in slots]
+        return np.stack(chips) if chips else np.empty((0, *array.shape[1:]), array.dtype)
+
+    @cached_property
+    def _fits_memory(self) -> bool:
+        return sum(_array(self._group, name).nbytes for name in ("image", "label")) <= _IN_MEMORY
+
+    @property
+    def _decoded(self) -> tuple[Images, Labels]:
+        with self._lock:  # a prefetching thread and the main one may both be first
+            if self._memory is None:
+                self._memory = _values(self._group, "image"), _values(self._group, "label")
+            return self._memory
+
+
+def open_chips(path: str | Path, fingerprint: str | None = None) -> ChipStore:
+    """Open a chip store.
+
+    Parameters
+    ----------
+    path
+        What :func:`write_chips` wrote.
+    fingerprint
+        Of the configuration that the caller is about to use; None takes any store.
+
+    Raises
+    ------
+    InputError
+        If there is no chip store, or it was made from another configuration.
+    """
+    store = ChipStore(path)
+    if fingerprint is not None and store.fingerprint != fingerprint:
+        raise InputError(
+            f"the chips in {path} were made from another configuration; pass --overwrite to make them anew, "
+            "or another --chips"
+        )
+    return store
+
+
+def write_chips(
+    regions: Sequence[Place],
+    path: str | Path,
+    legend: Legend,
+    spec: ChipSpec,
+    *,
+    fingerprint: str,
+    bands: Sequence[str],
+    keep: Keep | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> ChipStore:
+    """Cut regions into chips, filter them, and store them.
+
+    Every block of a scene is computed once, several at a time, whatever the overlap of the chips; memory does not grow
+    with the area. A window is stored once for each part of the split in which its labels pass the filters.
+
+    Parameters
+    ----------
+    regions
+        Scenes with labels and split. Dates of one area are regions of their own.
+    path
+        A folder; it appears under this name when it is complete.
+    legend
+        Of the labels.
+    spec
+        Sizes and filters.
+    fingerprint
+        Of the configuration; :func:`open_chips` compares it.
+    bands
+        Names of the scenes' bands.
+    keep
+        Called with (band, size, size) uint16 and (size, size) uint8 of each chip that passed the filters; False leaves
+        it out.
+    overwrite
+        Replace what stands at ``path``.
+    on_progress
+        Called with (done, total) blocks.
+
+    Returns
+    -------
+    ChipStore
+        The store, opened.
+
+    Raises
+    ------
+    InputError
+        If no chip passes, or none for training; if labels hold codes that the legend does not know; if a scene has
+        other bands.
+    OutputError
+        If the path exists, or cannot be written; nothing is left behind.
+    """
+    path = check_writable(path, overwrite=overwrite)
+    for region in regions:
+        if region.scene.sizes["band"] != len(bands):
+            raise InputError(f"{region.name} has {region.scene.sizes['band']} bands, not {len(bands)}")
+    with replacing(path) as partial:
+        tally = _Tally()
+        with closing(_Writer(partial, path, len(bands), spec.size, legend)) as writer:
+            for chip in _select(regions, legend, spec, keep, tally, on_progress):
+                writer.add(chip)
+            tally.check(writer)
+            writer.finish(
+                {
+                    "fingerprint": fingerprint,
+                    "legend": legend.to_dict(),
+                    "bands": list(bands),
+                    "spec": asdict(spec),
+                    "regions": [{"name": r.name, "date": r.date, "items": list(r.items)} for r in regions],
+                }
+            )
+    return ChipStore(path)
+
+
+# -- choosing ---------------------------------------------------------------------------------------------------------
+
+
+class _Chip(NamedTuple):
+    image: Images
+    label: Labels
+    origin: tuple[int, int, int]
+    size: int
+    part: int
+    histogram: npt.NDArray[np.int64]
+
+
+@dataclass
+class _Tally:
+    """Why windows were left out, for an error that helps."""
+
+    windows: int = 0
+    nodata: int = 0
+    unlabelled: int = 0
+    dropped: int = 0
+
+    def check(self, writer: _Writer) -> None:
+        if writer.count and writer.has_train:
+            return
+        what = "chip for training" if writer.count else "chip"
+        raise InputError(
+            f"no {what} passes the filters: of {self.windows} windows {self.nodata} lack data (chips.max_nodata), "
+            f"{self.unlabelled} have too few labels (chips.min_labelled), {self.dropped} were dropped "
+            "(chips.drop_only); relax a filter, or choose a smaller chips.size"
+        )
+
+
+def _select(
+    regions: Sequence[Place],
+    legend: Legend,
+    spec: ChipSpec,
+    keep: Keep | None,
+    tally: _Tally,
+    on_progress: Progress | None,
+) -> Iterator[_Chip]:
+    total, done = sum(map(blocks_of, regions)), 0
+    for index, region in enumerate(regions):
+        with closing(cut(region, spec.windows, legend.nodata)) as blocks:
+            for block in blocks:
+                for window, planes in block:
+                    tally.windows += 1
+                    for chip in _chips(index, window, planes, legend, spec, tally):
+                        _check_codes(chip, region, legend)
+                        if keep is None or keep(chip.image, chip.label):
+                            yield chip
+                        else:
+                            tally.dropped += 1
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
+
+
+def _chips(
+    region: int, window: Window, planes: Planes, legend: Legend, spec: ChipSpec, tally: _Tally
+) -> Iterator[_Chip]:
+    """One window as a chip of each part for which it passes the filters."""
+    inside = planes[0].size / window.size**2 * spec.size**2
+    planes = _to_size(_padded(planes, window.size, legend.nodata), spec.size)
+    image, codes, parts = planes[:-2], planes[-2], planes[-1]
+    valid = image[0] != 0
+    if inside - np.count_nonzero(valid) > spec.max_nodata * inside:
+        tally.nodata += 1
+        return
+    labelled = valid & (codes != legend.nodata)
+    enough = False
+    for part in range(1, len(PARTS) + 1):
+        mine = labelled & (parts == part)
+        pixels = np.count_nonzero(mine)
+        if not pixels or pixels < spec.min_labelled * inside:
+            continue
+        enough = True
+        label = np.where(mine, codes, legend.nodata).astype(np.uint8)
+        histogram = np.bincount(label[mine], minlength=256)
+        if spec.drop_only and not np.delete(histogram, spec.drop_only).any():
+            tally.dropped += 1
+            continue
+        yield _Chip(image, label, (region, window.row, window.col), window.size, part, histogram)
+    tally.unlabelled += not enough
+
+
+def _check_codes(chip: _Chip, region: Place, legend: Legend) -> None:
+    if unknown := sorted(set(np.flatnonzero(chip.histogram).tolist()) - set(legend.codes)):
+        raise InputError(
+            f"the labels of {region.name} hold {', '.join(map(str, unknown))}, which the legend {legend.name!r} does "
+            "not know; remap them or add them to the legend"
+        )
+
+
+def _padded(planes: Planes, size: int, nodata: int) -> Planes:
+    missing = [size - n for n in planes.shape[1:]]
+    if not any(missing):
+        return planes
+    padded = np.zeros((len(planes), size, size), np.uint16)
+    padded[-2] = nodata
+    padded[:, : planes.shape[1], : planes.shape[2]] = planes
+    return padded
+
+
+def _to_size(planes: Planes, size: int) -> Planes:
+    """Resample a window to the size of a chip: reflectance by area or linearly, labels and parts by nearest."""
+    window = planes.shape[1]
+    if window == size:
+        return planes
+    nearest = (np.arange(size) * 2 + 1) * window // (2 * size)
+    out = planes[:, nearest[:, None], nearest]
+    weights = _weights(window, size)
+    share = weights @ (planes[0] != 0).astype(np.float32) @ weights.T
+    image = weights @ planes[:-2].astype(np.float32) @ weights.T / np.maximum(share, 1e-6)
+    # a pixel counts when at least half of what it is made of does; data never become nodata by rounding
+    out[:-2] = np.where(share >= 0.5, np.clip(np.rint(image), 1, 65535), 0)
+    return out
+
+
+def _weights(window: int, size: int) -> npt.NDArray[np.float32]:
+    """(size, window) float32, rows sum to 1: means over areas when shrinking, linear interpolation when growing."""
+    scale = window / size
+    centre = (np.arange(size)[:, None] + 0.5) * scale
+    pixel = np.arange(window)[None] + 0.5
+    if scale >= 1:
+        low, high = np.maximum(centre - scale / 2, pixel - 0.5), np.minimum(centre + scale / 2, pixel + 0.5)
+        weights = np.clip(high - low, 0, None)
+    else:
+        weights = np.clip(1 - np.abs(np.clip(centre, 0.5, window - 0.5) - pixel), 0, None)
+    normalised: npt.NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return normalised
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shard:
+    """Chips on their way to disk: copies, since a chip is a view that keeps its whole block in memory."""
+
+    images: Images
+    labels: Labels
+    train: npt.NDArray[np.bool_]
+    count: int = 0
+
+    @classmethod
+    def empty(cls, chips: int, bands: int, size: int) -> _Shard:
+        images = np.empty((chips, bands, size, size), np.uint16)
+        return cls(images, np.empty((chips, size, size), np.uint8), np.empty(chips, bool))
+
+    def another(self) -> _Shard:
+        return _Shard(np.empty_like(self.images), np.empty_like(self.labels), np.empty_like(self.train))
+
+    def add(self, chip: _Chip) -> None:
+        self.images[self.count], self.labels[self.count] = chip.image, chip.label
+        self.train[self.count] = chip.part == 1
+        self.count += 1
+
+
+class _Writer:
+    """Gathers chips into whole shards and stores each while the next one is gathered."""
+
+    def __init__(self, partial: Path, path: Path, bands: int, size: int, legend: Legend) -> None:
+        self.path, self.count, self.has_train = path, 0, False
+        self._codes = list(legend.codes)
+        self._per_shard = max(1, min(256, _SHARD_BYTES // (bands * size * size * 2)))
+        self._shard = _Shard.empty(self._per_shard, bands, size)
+        self._tables: dict[str, list[Any]] = {name: [] for name in _TABLES}
+        self._sums = _Sums(bands)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="chips")
+        self._pending: deque[Future[None]] = deque()
+        with writing(path):
+            self._group = zarr.open_group(str(partial.absolute()), mode="w", zarr_format=3)
+            self._image = self._create("image", (bands, size, size), np.uint16, 0)
+            self._label = self._create("label", (size, size), np.uint8, legend.nodata)
+
+    def _create(self, name: str, shape: tuple[int, ...], dtype: type, fill: int) -> zarr.Array[Any]:
+        return self._group.create_array(
+            name,
+            shape=(0, *shape),
+            dtype=dtype,
+            chunks=(1, *shape),
+            shards=(self._per_shard, *shape),
+            compressors=_CODEC,
+            fill_value=fill,
+            dimension_names=("chip", *(("band",) if len(shape) == 3 else ()), "y", "x"),
+        )
+
+    def add(self, chip: _Chip) -> None:
+        self._shard.add(chip)
+        for name, value in (("origin", chip.origin), ("size", chip.size), ("part", chip.part)):
+            self._tables[name].append(value)
+        self._tables["histogram"].append(chip.histogram[self._codes])
+        self.count += 1
+        self.has_train |= chip.part == 1
+        if self._shard.count == self._per_shard:
+            self._flush()
+
+    def _flush(self) -> None:
+        full, self._shard = self._shard, self._shard.another()
+        while len(self._pending) > 1:  # one shard is stored, one waits
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._store, full, self.count))
+
+    def _store(self, shard: _Shard, stop: int) -> None:
+        self._sums.add(shard.images[: shard.count][shard.train[: shard.count]])
+        with writing(self.path):
+            for array, values in ((self._image, shard.images), (self._label, shard.labels)):
+                array.resize((stop, *array.shape[1:]))
+                array[stop - shard.count : stop] = values[: shard.count]
+
+    def finish(self, about: dict[str, Any]) -> None:
+        if self._shard.count:
+            self._flush()
+        while self._pending:
+            self._pending.popleft().result()
+        with writing(self.path):
+            for name, dtype in _TABLES.items():
+                self._group.create_array(name, data=np.array(self._tables[name], dtype))
+            mean, std = self._sums.mean_and_std()
+            self._group.attrs.update(about | {"s2seg_chips": _FORMAT, "mean": mean, "std": std})
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class _Sums:
+    """Mean and deviation of valid pixels, exact and so independent of the order in which chips come."""
+
+    def __init__(self, bands: int) -> None:
+        self.pixels, self.values, self.squares = 0, [0] * bands, [0] * bands
+
+    def add(self, images: Images) -> None:
+        for image in images:  # nodata pixels are 0 in all bands and add nothing; float64 holds these sums exactly
+            flat = image.reshape(len(image), -1).astype(np.float64)
+            self.pixels += int(np.count_nonzero(image[0]))
+            self.values = [a + int(b) for a, b in zip(self.values, flat.sum(axis=1), strict=True)]
+            squares = np.einsum("ij,ij->i", flat, flat)
+            self.squares = [a + int(b) for a, b in zip(self.squares, squares, strict=True)]
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Per band, reflectance."""
+        n = self.pixels
+        variances = [(n * q - v * v) / n**2 for v, q in zip(self.values, self.squares, strict=True)]
+        return [v / n / 1e4 for v in self.values], [max(v, 1.0) ** 0.5 / 1e4 for v in variances]
+
+
+def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
+    if not path.is_dir():
+        raise InputError(f"there are no chips in {path}")
+    try:
+        group = zarr.open_group(str(path.absolute()), mode="r", zarr_format=3)
+        about = dict(group.attrs)
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a chip store") from error
+    if about.get("s2seg_chips") != _FORMAT:
+        raise InputError(f"{path} is not a chip store, or of another version; make it anew with --overwrite")
+    return group, about
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    return cast("zarr.Array[Any]", group[name])
+
+
+def _values(group: zarr.Group, name: str) -> npt.NDArray[Any]:
+    return np.asarray(_array(group, name)[...])
