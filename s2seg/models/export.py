@@ -1,0 +1,439 @@
+"""Take a model to other software: ONNX, TorchScript and OpenVINO, each checked against torch before it is kept.
+
+All three take what the stack stores and do the scaling themselves: numbers such that reflectance is number x scale
+(for Sentinel-2 number / 10000), as float32 (batch, band, y, x), any batch and any sides that are multiples of the
+network's stride. They return scores per class as float32 (batch, class, y, x); channel ``i`` means the legend's class
+``i``. What the channels are is written into each file. The ONNX form is a bundle as well: its ``model.json`` says scale
+1, mean 0 and deviation 1, which leaves the numbers as they are, so ``s2seg map --model`` runs it with onnxruntime.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from s2seg.errors import InputError, ModelError, OutputError
+from s2seg.models.bundle import ModelBundle, _check_replaceable, write_bundle
+from s2seg.models.runtimes.answers import softmax
+from s2seg.models.spec import ONNX, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["onnx", "torchscript", "openvino"]
+KINDS: tuple[str, ...] = get_args(Kind)
+Run = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+"""A converted network: stored numbers in, scores out."""
+
+AGREEMENT = 0.9999
+"""Least share of pixels on which an export and torch must name the same class."""
+
+_NEEDS = {"onnx": ("onnx", "onnxscript"), "torchscript": (), "openvino": ("openvino",)}
+_SUFFIXES = {"torchscript": ".pt", "openvino": ".xml"}
+_OPSET = 18  # the oldest that torch's exporter writes without converting back
+_BATCH = 8
+_OPERATOR = re.compile(r"\b(?:aten|prim|torchvision|quantized)(?:::|\.)\w+(?:\.\w+)?")
+_REFUSALS = (RuntimeError, ValueError, TypeError)
+"""What converters raise about a network that they cannot convert; torch's and OpenVINO's own errors derive from it."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A converted network that has passed its check.
+
+    Parameters
+    ----------
+    path
+        The bundle's folder (onnx), or the file; OpenVINO's weights lie beside it in a ``.bin``.
+    kind
+        ``onnx``, ``torchscript`` or ``openvino``.
+    agreement
+        Share of the pixels compared on which it names the same class as torch in float32.
+    max_difference
+        Greatest difference of a probability.
+    pixels
+        How many were compared.
+    """
+
+    path: Path
+    kind: Kind
+    agreement: float
+    max_difference: float
+    pixels: int
+
+
+def export_model(
+    bundle: ModelBundle,
+    kind: Kind,
+    path: str | Path,
+    *,
+    chips: npt.NDArray[np.uint16] | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Convert a model, compare its answers with torch's, and write it only if they agree.
+
+    Parameters
+    ----------
+    bundle
+        A model with safetensors weights.
+    kind
+        ``onnx``: a bundle's folder with ``model.onnx``; ``torchscript``: a ``.pt`` file; ``openvino``: an ``.xml``
+        file with its ``.bin``, in float32.
+    path
+        Where to write.
+    chips
+        Real pixels to compare on, (n, band, y, x) uint16 stored numbers, bands in the model's order, sides multiples
+        of its stride; without them a synthetic landscape is made. They are compared as they are and, where the window
+        is free, once more at another size.
+    overwrite
+        Replace an earlier export.
+
+    Raises
+    ------
+    InputError
+        For an unknown kind, a path that does not fit it, or chips that do not fit the model.
+    ModelError
+        When the network cannot be converted, a package is missing, or fewer than 99.99 % of the pixels agree.
+        Nothing is left behind.
+    OutputError
+        When ``path`` exists or cannot be written.
+    """
+    target = _check_target(kind, path, overwrite)
+    _check_packages(bundle, kind)
+    pixels = _synthetic(bundle.spec) if chips is None else _check_chips(bundle.spec, chips)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / f"model{_SUFFIXES.get(kind, '.onnx')}"
+        run = _convert(bundle, kind, file)
+        comparison = _compare(bundle, run, pixels)
+        comparison.check(bundle.path, kind)
+        if kind == "onnx":
+            spec = _spec_of_export(bundle)
+            write_bundle(target, spec, lambda weights: shutil.copyfile(file, weights), overwrite=overwrite)
+        else:
+            _publish(file, target)
+    return Export(target, kind, comparison.agreement, comparison.max_difference, comparison.pixels)
+
+
+def _check_target(kind: str, path: str | Path, overwrite: bool) -> Path:
+    if kind not in KINDS:
+        raise InputError(f"unknown kind of export {kind!r}: choose {', '.join(KINDS)}")
+    target = Path(path).expanduser()
+    if "://" in str(path):
+        raise OutputError(str(path), "an export is written to a local path; copy it from there")
+    if kind == "onnx":
+        if target.suffix == ".onnx":
+            raise InputError(f"{path}: an ONNX export is a folder with model.onnx in it; give a name without .onnx")
+        _check_replaceable(target.resolve(), overwrite)
+    elif target.suffix != _SUFFIXES[kind]:
+        raise InputError(f"{path}: the file of a {kind} export ends in {_SUFFIXES[kind]}")
+    elif target.exists() and not overwrite:
+        raise OutputError(str(path), "it exists already; pass --overwrite (overwrite=True) or choose another path")
+    return target
+
+
+def _check_packages(bundle: ModelBundle, kind: str) -> None:
+    if bundle.is_onnx:
+        raise ModelError(bundle.path, "is an ONNX network already; only models with safetensors weights are exported")
+    for extra, modules in (("torch", ("torch", "segmentation_models_pytorch")), (kind, _NEEDS[kind])):
+        if any(importlib.util.find_spec(module) is None for module in modules):
+            raise ModelError(bundle.path, f"an export to {kind} needs more packages: pip install 's2seg[{extra}]'")
+
+
+def _check_chips(spec: ModelSpec, chips: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    if chips.ndim != 4 or chips.shape[1] != len(spec.bands) or not len(chips) or chips.dtype != np.uint16:
+        raise InputError(
+            f"chips are {chips.dtype} {chips.shape}; uint16 (n, {len(spec.bands)}, y, x) is needed, with at least one"
+        )
+    height, width = chips.shape[2:]
+    if spec.window is not None and (height, width) != (spec.window, spec.window):
+        raise InputError(f"chips of {height} x {width} px; the network takes {spec.window} x {spec.window} only")
+    if height % spec.stride or width % spec.stride:
+        raise InputError(f"chips of {height} x {width} px; sides must be multiples of the stride {spec.stride}")
+    return chips
+
+
+def _synthetic(spec: ModelSpec) -> npt.NDArray[np.uint16]:
+    """Make a landscape with the bands' own mean and spread, coarse and fine texture, and a corner without data."""
+    from scipy.ndimage import gaussian_filter
+
+    side = spec.window or 4 * spec.stride
+    noise = np.random.default_rng(0).standard_normal((4, len(spec.bands), side, side))
+    texture = sum(gaussian_filter(noise, (0, 0, sigma, sigma), mode="wrap") * sigma for sigma in (1, 8))
+    mean, std = (np.reshape(values, (-1, 1, 1)) / spec.scale for values in (spec.mean, spec.std))
+    numbers = np.clip(np.rint(mean + 2 * std * texture), 1, 65535).astype(np.uint16)
+    numbers[0, :, : side // 8, : side // 8] = 0
+    return numbers
+
+
+def _convert(bundle: ModelBundle, kind: str, file: Path) -> Run:
+    """Write the network to ``file`` and open what was written."""
+    import torch
+
+    network = _network(bundle)
+    try:
+        with _quiet(), torch.no_grad():
+            _CONVERTERS[kind](network, bundle, file)
+    except _REFUSALS as error:
+        raise ModelError(bundle.path, f"cannot be converted to {kind}: {_reason(error)}") from error
+    return _OPENERS[kind](file)
+
+
+def _network(bundle: ModelBundle) -> torch.nn.Module:
+    """Build the network with its weights, behind a layer that scales stored numbers."""
+    import torch
+
+    from s2seg.models.runtimes.pytorch import _load_weights
+    from s2seg.models.unet import build_network
+
+    bands = len(bundle.spec.bands)
+    scaling = torch.nn.Conv2d(bands, bands, kernel_size=1, groups=bands)  # number * a + b, band by band
+    a, b = bundle.spec.affine()
+    with torch.no_grad():
+        scaling.weight.copy_(torch.from_numpy(a).reshape(-1, 1, 1, 1))
+        scaling.bias.copy_(torch.from_numpy(b))  # type: ignore[union-attr]
+    return torch.nn.Sequential(scaling, _load_weights(build_network(bundle.spec), bundle)).eval()
+
+
+def _example(spec: ModelSpec) -> torch.Tensor:
+    """Return an input in which no two sizes are alike, so that none is taken for another or for a constant."""
+    import torch
+
+    height, width = (spec.window,) * 2 if spec.window else (2 * spec.stride, 3 * spec.stride)
+    return torch.ones(2, len(spec.bands), height, width)
+
+
+def _free(spec: ModelSpec) -> dict[int, Any]:
+    """Axes of the input whose size is free."""
+    from torch.export import Dim
+
+    return dict.fromkeys((0,) if spec.window else (0, 2, 3), Dim.DYNAMIC)
+
+
+def _to_onnx(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
+    import onnx
+    import torch
+
+    program = torch.onnx.export(
+        network,
+        (_example(bundle.spec),),
+        dynamo=True,
+        dynamic_shapes=(_free(bundle.spec),),
+        input_names=["numbers"],
+        output_names=["scores"],
+        opset_version=_OPSET,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("torch returned no network")
+    model = program.model_proto
+    for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
+        del node.metadata_props[:]  # where in the source each operation was called: paths of this machine
+    onnx.helper.set_model_props(model, _facts(bundle))
+    onnx.save_model(model, file)
+
+
+def _to_torchscript(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
+    import torch
+
+    traced = torch.jit.trace(network, _example(bundle.spec), check_trace=False)
+    torch.jit.save(traced, str(file), _extra_files={"s2seg.json": json.dumps(_facts(bundle))})
+
+
+def _to_openvino(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
+    import openvino
+    import torch
+
+    program = torch.export.export(network, (_example(bundle.spec),), dynamic_shapes=(_free(bundle.spec),))
+    model = openvino.convert_model(program)
+    for key, value in _facts(bundle).items():
+        model.set_rt_info(value, ["s2seg", key])
+    openvino.save_model(model, str(file), compress_to_fp16=False)
+
+
+def _open_onnx(file: Path) -> Run:
+    from s2seg.models.runtimes import onnxrt
+
+    session = onnxrt.start(file.name, file)
+
+    def run(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        try:
+            return np.asarray(session.run(["scores"], {"numbers": numbers})[0])
+        except onnxrt.ERRORS as error:
+            raise RuntimeError(onnxrt.one_line(error)) from error
+
+    return run
+
+
+def _open_torchscript(file: Path) -> Run:
+    import torch
+
+    with _quiet():
+        network = torch.jit.load(str(file))
+
+    def run(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        with torch.no_grad():
+            return np.asarray(network(torch.from_numpy(numbers)))
+
+    return run
+
+
+def _open_openvino(file: Path) -> Run:
+    import openvino
+
+    # a CPU with fast bfloat16 would use it unasked; the bound is about the conversion, not about the precision
+    network = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda numbers: np.asarray(network(numbers)[0])
+
+
+_CONVERTERS: dict[str, Callable[[torch.nn.Module, ModelBundle, Path], None]] = {
+    "onnx": _to_onnx,
+    "torchscript": _to_torchscript,
+    "openvino": _to_openvino,
+}
+_OPENERS: dict[str, Callable[[Path], Run]] = {
+    "onnx": _open_onnx,
+    "torchscript": _open_torchscript,
+    "openvino": _open_openvino,
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what converters say of themselves, not of the network."""
+    with warnings.catch_warnings():
+        # still the only way to a TorchScript file
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")
+        # tracing keeps one branch of each condition: the check at another size shows whether that matters
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python")
+        yield
+
+
+def _reason(error: Exception) -> str:
+    """Name the operator where the message does; else its first line."""
+    text = str(error).strip() or type(error).__name__
+    line = textwrap.shorten(text.splitlines()[0], 200)
+    operator = _OPERATOR.search(text)
+    return f"the operator {operator[0]} ({line})" if operator else line
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """How far an export and torch agree, summed over batches."""
+
+    same: int = 0
+    pixels: int = 0
+    max_difference: float = 0.0
+
+    @property
+    def agreement(self) -> float:
+        return self.same / self.pixels
+
+    def add(self, expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> _Comparison:
+        """Take in one batch of probabilities, (n, class, y, x) each."""
+        difference = float(np.abs(expected - found).max())
+        return _Comparison(
+            self.same + int((expected.argmax(axis=1) == found.argmax(axis=1)).sum()),
+            self.pixels + found[:, 0].size,
+            # not max(): that would lose a NaN
+            float(np.maximum(self.max_difference, difference)),
+        )
+
+    def check(self, path: str, kind: str) -> None:
+        """Refuse what does not agree."""
+        if not (self.agreement >= AGREEMENT and np.isfinite(self.max_difference)):
+            raise ModelError(
+                path,
+                f"the {kind} form names the same class as torch on {100 * self.agreement:.3f} % of {self.pixels} "
+                f"pixels only (largest difference {self.max_difference:.2g}), below {100 * AGREEMENT:g} %; "
+                "it was not written: choose another kind",
+            )
+
+
+def _compare(bundle: ModelBundle, run: Run, pixels: npt.NDArray[np.uint16]) -> _Comparison:
+    """Run torch in float32, as mapping does, and the export on the same pixels."""
+    from s2seg.models.runtimes.pytorch import TorchSession
+
+    torch_says = TorchSession(bundle, "cpu", "float32").probabilities
+    comparison = _Comparison()
+    for batch in _batches(bundle.spec, pixels):
+        try:
+            scores = run(batch.astype(np.float32))
+        except _REFUSALS as error:
+            raise ModelError(
+                bundle.path, f"the converted network fails on an input of {batch.shape}: {_reason(error)}"
+            ) from error
+        expected = torch_says(batch)
+        if scores.shape != expected.shape:
+            raise ModelError(bundle.path, f"the converted network answers {scores.shape}, torch {expected.shape}")
+        comparison = comparison.add(expected, softmax(scores) if bundle.spec.activation == "logits" else scores)
+    return comparison
+
+
+def _batches(spec: ModelSpec, pixels: npt.NDArray[np.uint16]) -> Iterator[npt.NDArray[np.uint16]]:
+    yield from (pixels[i : i + _BATCH] for i in range(0, len(pixels), _BATCH))
+    if spec.window is None:
+        yield np.pad(pixels[:1], ((0, 0), (0, 0), (0, spec.stride), (0, 2 * spec.stride)), mode="wrap")
+
+
+def _spec_of_export(bundle: ModelBundle) -> ModelSpec:
+    """Describe the ONNX form: the same model, but for the scaling that is inside the graph now."""
+    spec = bundle.spec
+    origin = {
+        "model": bundle.sha256,
+        "architecture": dict(spec.architecture),
+        "scale": spec.scale,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+    }
+    return replace(
+        spec,
+        architecture={"name": ONNX},
+        scale=1.0,
+        mean=(0.0,) * len(spec.bands),
+        std=(1.0,) * len(spec.bands),
+        provenance={**spec.provenance, "exported_from": origin},
+    )
+
+
+def _facts(bundle: ModelBundle) -> Mapping[str, str]:
+    """What a stranger must know to run the file, as texts."""
+    spec = bundle.spec
+    return {
+        "name": spec.name,
+        "input": f"float32 (batch, band, y, x); reflectance is number x {spec.scale:g}, 0 is no data",
+        "bands": ", ".join(spec.bands),
+        "output": f"float32 (batch, class, y, x), {spec.activation}; channel i is class i of the legend",
+        "legend": json.dumps(spec.legend.to_dict(), ensure_ascii=False),
+        "stride": str(spec.stride),
+        "window": "any multiple of the stride" if spec.window is None else str(spec.window),
+        "model_sha256": bundle.sha256,
+    }
+
+
+def _publish(file: Path, target: Path) -> None:
+    """Move a file, and the ``.bin`` that may belong to it, to their place; the file itself comes last."""
+    parts = [part for part in (file.with_suffix(".bin"), file) if part.exists()]
+    partials = {part: target.with_name(f".{target.stem}{part.suffix}.partial") for part in parts}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for part, partial in partials.items():
+            shutil.copyfile(part, partial)
+        for part, partial in partials.items():
+            partial.replace(target.with_suffix(part.suffix))
+    except OSError as error:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        raise OutputError(str(target), error.strerror or str(error)) from error
