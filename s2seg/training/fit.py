@@ -1,0 +1,447 @@
+"""Fit a network to a chip store: everything that a configuration asks for, in the order in which it happens."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from s2seg.allocator import keep_freed_memory
+from s2seg.errors import InputError, S2SegWarning
+from s2seg.models.spec import ModelSpec
+from s2seg.models.unet import build_network, pools_globally
+from s2seg.outputs._files import remove, replacing, writing
+from s2seg.training.augment import IGNORE_INDEX, Augment, AugmentSpec
+from s2seg.training.checkpoints import BEST, FOLDER, LAST, BestAndLast, WholeFiles, load_checkpoint
+from s2seg.training.chips import ChipStore
+from s2seg.training.config import TrainConfig
+from s2seg.training.data import ChipData
+from s2seg.training.losses import build_loss
+from s2seg.training.module import Descent, SegmentationModule
+from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
+from s2seg.training.weights import start_from
+
+LOGS = "logs"
+_SCORES = ("train_loss", "val_loss", "val_mean_iou", "val_accuracy")
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+_NOISE: tuple[tuple[str, type[Warning]], ...] = (
+    # Lightning 2.6 asks torch 2.14 in a way that goes out of use
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
+)
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands.
+
+    Parameters
+    ----------
+    epoch, epochs
+        The current one, counted from 1, and how many there are at most.
+    step, steps
+        Batches done in this epoch, and how many it has.
+    row
+        At the end of an epoch: what :attr:`FitResult.history` gets; None before.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    row: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """A fitted network and how it came about.
+
+    Parameters
+    ----------
+    network
+        With the weights of the best epoch, in evaluation mode, on the CPU.
+    spec
+        What it expects and answers, for :func:`s2seg.models.save_bundle`; with provenance and validation scores.
+    history
+        One row per epoch: ``epoch`` (from 1), ``step`` (optimizer steps so far), ``train_loss``, ``val_loss``,
+        ``val_mean_iou``, ``val_accuracy``, ``learning_rate``, ``seconds``, and ``data_wait``, the seconds of these
+        in which the network waited for chips.
+    best_epoch
+        The epoch with the highest ``val_mean_iou``, from 1.
+    """
+
+    network: torch.nn.Module
+    spec: ModelSpec
+    history: tuple[dict[str, float], ...]
+    best_epoch: int
+
+
+def fit(
+    config: TrainConfig,
+    chips: ChipStore,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> FitResult:
+    """Train the network that a configuration describes.
+
+    Parameters
+    ----------
+    config
+        What to do. On a CPU the same configuration and chips give the same weights to the bit (with the same number
+        of threads); a GPU rounds differently from run to run.
+    chips
+        Training and validation chips; the test part is not looked at.
+    folder
+        ``checkpoints/best.ckpt``, ``checkpoints/last.ckpt`` and ``logs/`` go there. Without ``resume`` those of an
+        earlier training are removed first.
+    resume
+        Go on after the last whole epoch of a training that was interrupted, at any moment and in any way; the result
+        is that of a training without interruption, to the bit on a CPU.
+    on_progress
+        Called after every batch and at the end of every epoch; may raise to end the training. With several devices it
+        is called in a process of its own and must be picklable.
+
+    Raises
+    ------
+    InputError
+        For chips without training or validation part, a log whose package is missing, a machine that is not there, a
+        loss that is not a number, or a checkpoint of another configuration.
+    ModelError
+        For a network that cannot be built, or starting weights that do not fit.
+    OutputError
+        When a checkpoint cannot be written; the one before it is whole.
+    """
+    folder = Path(folder)
+    machine = _machine(config)
+    loggers = _loggers(config, folder)
+    with _reproducible(), _quiet():
+        module, data = _module(config, chips)
+        recorder = _Recorder(config, folder / LOGS, on_progress)
+        keeper = BestAndLast((folder / FOLDER).absolute(), config.fit.patience)
+        start = _last_checkpoint(config, keeper.folder, resume)
+        if start is None or not _is_over(config, keeper, start):
+            if start is None:
+                _clear(folder)
+            trainer = pl.Trainer(
+                **machine,
+                max_epochs=config.fit.epochs,
+                accumulate_grad_batches=config.fit.accumulate,
+                logger=loggers or False,
+                callbacks=[recorder, keeper],
+                plugins=[WholeFiles()],
+                default_root_dir=folder,
+                log_every_n_steps=1,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(module, datamodule=data, ckpt_path=None if start is None else keeper.folder / LAST)
+    return _result(module, keeper)
+
+
+# -- what is trained --------------------------------------------------------------------------------------------------
+
+
+def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
+    """Return what the configured network expects and answers: scaling from the training chips, geometry from itself.
+
+    A network that pools globally is bound to the chips' size: elsewhere its answers would be others.
+
+    Raises
+    ------
+    ModelError
+        For a network that cannot be built.
+    """
+    network = config.network
+    depth = 2 * network.stride if network.depth is None else network.depth
+    spec = ModelSpec(
+        name=config.name,
+        bands=config.channels,
+        legend=config.legend,
+        mean=tuple(map(float, chips.mean)),
+        std=tuple(map(float, chips.std)),
+        architecture={"name": network.architecture, "encoder": network.encoder, **network.arguments},
+        stride=network.stride,
+        depth=depth,
+        provenance=_provenance(config, chips),
+    )
+    if not pools_globally(build_network(spec).eval(), len(spec.bands)):
+        return spec
+    size = config.chips.size
+    inside = (size - 1) // 2 // spec.stride * spec.stride  # so that something is left between two depths
+    return replace(spec, global_context=True, window=size, depth=min(depth, inside))
+
+
+def _provenance(config: TrainConfig, chips: ChipStore) -> dict[str, Any]:
+    return {
+        "configuration": config.fingerprint(),
+        "chips": chips.fingerprint,
+        "areas": list(dict.fromkeys(map(str, chips.area))),
+        "items": list(chips.items),
+        "split": config.split.model_dump(mode="json", exclude_none=True),
+        "resolution": config.resolution,
+        "starting_weights": config.network.weights or "none",
+        "loss": config.loss,
+        "seed": config.fit.seed,
+    }
+
+
+def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, ChipData]:
+    """Make the network with its starting weights, and the batches that it is shown."""
+    if chips.bands != config.channels or chips.legend != config.legend:
+        raise InputError(f"the chips in {chips.path} have other bands or another legend than the configuration")
+    train, validation = chips.indices("train"), chips.indices("validation")
+    for part, indices in (("training", train), ("validation", validation)):
+        if not len(indices):
+            raise InputError(f"there is no chip for {part}: change split.seed, split.block or the chips' filters")
+    plan = _plan(config, chips.histogram[train])
+    torch.manual_seed(config.fit.seed)
+    spec = build_spec(config, chips)
+    network = build_network(spec)
+    start_from(network, spec, config.network.weights)
+    seen = chips.histogram[train]
+    weights = None if config.class_weights == "none" else torch.from_numpy(class_weights(config.class_weights, seen))
+    module = SegmentationModule(
+        network.to(memory_format=torch.channels_last),
+        spec,
+        build_loss(config.loss, len(spec.legend), weights, IGNORE_INDEX),
+        _descent(config, len(plan)),
+        augment=Augment(AugmentSpec(**config.augment.model_dump()), spec.bands, seen.sum(axis=0).tolist()),
+        seed=config.fit.seed,
+    )
+    return module, ChipData(chips, train, validation, plan)
+
+
+def _plan(config: TrainConfig, histogram: Any) -> EpochPlan:
+    settings = config.fit
+    if settings.batch_size % settings.devices:
+        raise InputError(f"fit.batch_size: {settings.batch_size} cannot be shared evenly by {settings.devices} devices")
+    weights = chip_weights(histogram) if settings.sampling == "balanced" else None
+    return EpochPlan(len(histogram), settings.batch_size, settings.steps_per_epoch, settings.seed, weights)
+
+
+def _descent(config: TrainConfig, batches: int) -> Descent:
+    settings = config.optimizer
+    return Descent(
+        steps=-(-batches // config.fit.accumulate) * config.fit.epochs,  # an epoch's rest of batches counts as a step
+        optimizer=settings.name,
+        learning_rate=settings.learning_rate,
+        encoder_learning_rate=settings.encoder_learning_rate,
+        weight_decay=settings.weight_decay,
+        freeze_encoder=settings.freeze_encoder,
+        schedule=config.schedule,
+    )
+
+
+def _result(module: SegmentationModule, keeper: BestAndLast) -> FitResult:
+    """Take everything from the two files: where several processes trained, this one knows nothing else."""
+    last, best = (load_checkpoint(keeper.folder / name) for name in (LAST, BEST))
+    keeper.load_state_dict(last["callbacks"][keeper.state_key])
+    module.cpu().load_state_dict(best["state_dict"])
+    history = tuple(last["callbacks"][_Recorder.state_key]["history"])
+    row = history[keeper.best_epoch]
+    spec = replace(
+        module.spec,
+        provenance={**module.spec.provenance, "epochs": len(history), "best_epoch": keeper.best_epoch + 1},
+        metrics={name: row[name] for name in _SCORES},
+    )
+    return FitResult(module.network.eval(), spec, history, keeper.best_epoch + 1)
+
+
+# -- where it runs, and what it leaves behind -------------------------------------------------------------------------
+
+
+def _machine(config: TrainConfig) -> dict[str, Any]:
+    """Return the Trainer's arguments about the machine."""
+    settings = config.fit
+    kind = settings.accelerator
+    if kind == "auto":
+        kind = "gpu" if torch.cuda.is_available() else "cpu"
+    if kind == "gpu" and torch.cuda.device_count() < settings.devices:
+        raise InputError(
+            f"fit.devices: {settings.devices} GPUs are asked for, torch sees {torch.cuda.device_count()}; "
+            "set fit.accelerator to cpu, or fit.devices lower"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("fit.accelerator: torch sees no mps device here; set it to auto")
+    if settings.precision == "float16" and kind != "gpu":
+        raise InputError("fit.precision: float16 needs a GPU; use auto, bfloat16 or float32")
+    if kind == "cpu":
+        keep_freed_memory()
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if _fast_bfloat16(kind) else "float32"
+    return {
+        "accelerator": kind,
+        "devices": settings.devices,
+        # encoders of less than full depth keep layers that nothing passes through
+        "strategy": "ddp_find_unused_parameters_true" if settings.devices > 1 else "auto",
+        "precision": _PRECISIONS[precision],
+        # a GPU has no deterministic form of cross entropy over pixels
+        "deterministic": kind == "cpu",
+    }
+
+
+def _fast_bfloat16(kind: str) -> bool:
+    """Whether bfloat16 is faster than float32 here: on most CPUs it is emulated."""
+    if kind == "gpu":
+        return torch.cuda.is_bf16_supported(False)
+    abilities = torch.cpu.get_capabilities()
+    return kind == "cpu" and bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+
+
+def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    for name in config.logs:
+        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise InputError(f"logs: {name} needs the package {_PACKAGES[name]} (pip install {_PACKAGES[name]})")
+    make: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: TensorBoardLogger(folder / LOGS, name="tensorboard", version=""),
+        "wandb": lambda: WandbLogger(project="s2seg", name=config.name, save_dir=folder / LOGS),
+        "mlflow": lambda: MLFlowLogger(
+            experiment_name="s2seg", run_name=config.name, save_dir=str(folder / LOGS / "mlflow")
+        ),
+    }
+    return [make[name]() for name in config.logs if name in make]
+
+
+class _Recorder(pl.Callback):  # type: ignore[misc]
+    """Keep the history, across restarts too; write it as CSV; tell how far the training is."""
+
+    state_key = "s2seg_history"
+
+    def __init__(self, config: TrainConfig, folder: Path, on_progress: Callable[[Progress], None] | None) -> None:
+        self.history: list[dict[str, float]] = []
+        self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
+        self._csv = folder / "history.csv" if "csv" in config.logs else None
+        self._on_progress = on_progress or _silent
+        self._started = self._waited = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._started, self._waited = time.perf_counter(), _waited(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Tell about a batch."""
+        self._tell(trainer, trainer.fit_loop.batch_idx + 1, None)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add a row to the history, and tell about the epoch."""
+        scores = {name: float(trainer.callback_metrics[name]) for name in _SCORES}
+        facts = {
+            "learning_rate": float(trainer.optimizers[0].param_groups[-1]["lr"]),
+            "seconds": time.perf_counter() - self._started,
+            "data_wait": _waited(trainer) - self._waited,
+        }
+        pl_module.log_dict(facts)
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **scores, **facts}
+        self.history.append(row)
+        if trainer.is_global_zero and self._csv is not None:
+            _write_csv(self._csv, self.history)
+        self._tell(trainer, int(trainer.num_training_batches), row)
+
+    def _tell(self, trainer: pl.Trainer, step: int, row: Mapping[str, float] | None) -> None:
+        if trainer.is_global_zero:
+            steps = int(trainer.num_training_batches)
+            self._on_progress(Progress(trainer.current_epoch + 1, self._epochs, step, steps, row))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a restart."""
+        return {"history": self.history, "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self.history = list(state_dict["history"])
+
+
+def _silent(_: Progress) -> None:
+    pass
+
+
+def _waited(trainer: pl.Trainer) -> float:
+    feed = trainer.datamodule.feed
+    return 0.0 if feed is None else float(feed.waited)
+
+
+def _write_csv(path: Path, history: list[dict[str, float]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, history[0])
+    writer.writeheader()
+    writer.writerows(history)
+    with replacing(path) as partial, writing(path):
+        partial.write_text(text.getvalue())
+
+
+def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[str, Any] | None:
+    """Return the states of the callbacks in the last checkpoint, if there is one to go on from."""
+    if not resume:
+        return None
+    if not (folder / LAST).is_file():
+        warnings.warn(f"there is no checkpoint in {folder} to resume from: training starts anew", S2SegWarning, 4)
+        return None
+    states: dict[str, Any] = load_checkpoint(folder / LAST)["callbacks"]
+    if states[_Recorder.state_key]["fingerprint"] != config.fingerprint():
+        raise InputError(
+            f"{folder / LAST} was made with another configuration: resume with that one (config.yaml beside it), "
+            "or train anew in another folder"
+        )
+    return states
+
+
+def _is_over(config: TrainConfig, keeper: BestAndLast, states: dict[str, Any]) -> bool:
+    """Whether the interrupted training had come to its end, by its epochs or its patience."""
+    epochs = len(states[_Recorder.state_key]["history"])
+    keeper.load_state_dict(states[keeper.state_key])
+    return epochs >= config.fit.epochs or keeper.gives_up(epochs - 1)
+
+
+def _clear(folder: Path) -> None:
+    for name in (FOLDER, LOGS):
+        with writing(folder / name):
+            remove(folder / name)
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Leave torch's chance and its settings for determinism as they were."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # filling every new buffer with NaN finds bugs, and costs a pass over all memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning from advertising and from telling about devices; warnings pass, but for what it cannot know."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message, category in _NOISE:
+                warnings.filterwarnings("ignore", message, category)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
