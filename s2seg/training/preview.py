@@ -89,8 +89,7 @@ def write_preview(
         changed, moved = (values.numpy() for values in augment(*batch, generator))
         picture, valid = _picture(changed[:, shown], low, high), (changed != 0).all(1)
         pictures.append(_outlined(picture, moved.astype(np.uint8), valid, legend))
-    names = ", ".join(augment.bands[i] for i in shown)
-    title = (f"Augmented: {augment.spec}", f"{names} as red, green, blue; seed {seed}")
+    title = (f"Augmented: {augment.spec}", f"shown: {', '.join(augment.bands[i] for i in shown)}; seed {seed}")
     _draw(path, pictures, title, [c for i, c in enumerate(legend) if (channels == i).any()])
     return path
 
@@ -139,13 +138,10 @@ def _outlined(
     labelled = channels != IGNORE_INDEX
     dark = (picture * _UNLABELLED).astype(np.uint8)
     picture = np.where((valid & ~labelled)[..., None], dark, picture)
+    # one pixel wide, on the side that is above or left of the border: fine patterns stay visible
     rim = np.zeros(channels.shape, bool)
-    below, right = channels[:, 1:] != channels[:, :-1], channels[:, :, 1:] != channels[:, :, :-1]
-    for part, differs in (
-        *((np.s_[:, 1:], below), (np.s_[:, :-1], below)),
-        *((np.s_[:, :, 1:], right), (np.s_[:, :, :-1], right)),
-    ):
-        rim[part] |= differs
+    rim[:, :-1] |= channels[:, 1:] != channels[:, :-1]
+    rim[:, :, :-1] |= channels[:, :, 1:] != channels[:, :, :-1]
     rim &= labelled
     picture[rim] = _colors(legend)[channels[rim]]
     return picture
