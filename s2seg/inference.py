@@ -294,6 +294,10 @@ def _put(
         channel += count
 
 
+def _cut_like(blocks: da.Array) -> dict[str, tuple[int, ...]]:
+    return dict(zip(("y", "x"), blocks.chunks[1:], strict=True))
+
+
 def _dataset(blocks: da.Array, area: xr.DataArray, model: ModelBundle, layers: Sequence[Layer]) -> xr.Dataset:
     legend = model.spec.legend
     coords = {name: area.coords[name] for name in ("y", "x", "spatial_ref")}
@@ -311,6 +315,6 @@ def _dataset(blocks: da.Array, area: xr.DataArray, model: ModelBundle, layers: S
             variables[_VARIABLES[layer]] = xr.DataArray(data[0], dims=("y", "x"), coords=coords)
     if "observations" in area.coords:
         seen = area.coords["observations"].drop_vars("observations", errors="ignore")
-        variables["observations"] = seen.reset_coords(drop=True).assign_coords(coords)
+        variables["observations"] = seen.reset_coords(drop=True).assign_coords(coords).chunk(_cut_like(blocks))
     attrs = {"legend": legend.to_dict(), "model": model.spec.name, "model_sha256": model.sha256}
     return xr.Dataset(variables, attrs=attrs)

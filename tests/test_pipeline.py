@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +155,46 @@ def test_the_plan_is_the_run(synthetic: SyntheticRegion, model: ModelBundle) -> 
     assert exact * 0.9 < plan.bytes_to_read < exact * 1.6
 
 
+@pytest.mark.parametrize("shape", ["box", "triangle"])
+def test_tiles_leave_no_trace(
+    synthetic: SyntheticRegion, model: ModelBundle, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    west, south, east, north = synthetic.bbox
+    triangle = shapely.Polygon([(west, south), (east, south), (west, north)])
+    options = MapOptions(layers=("class", "confidence", "probability"), core=64)
+    plan = plan_area(synthetic.catalog, synthetic.bbox if shape == "box" else triangle, DATES, model, options)
+    whole = build_prediction(plan, build_scene(plan)).compute()
+    monkeypatch.setattr("s2seg.pipeline.plan._TILE", (200, 130))
+    assert plan.tile == (192, 128)
+    scene = build_scene(plan)
+    tiled = build_prediction(plan, scene)
+    xr.testing.assert_identical(tiled.compute(), whole)
+    # beside a tile's edge only the context is cut off and read twice, not a whole block
+    edge, context = plan.tile[1], plan.chunks.before
+    assert {edge, edge + context, edge + 2 * context} <= set(np.cumsum(scene.chunks[-1]).tolist())
+
+
+def test_seasons_become_bands(synthetic: SyntheticRegion, tmp_path: Path) -> None:
+    seasons = {"spring": "03-01/05-31", "summer": "06-01/08-31"}
+    bands = tuple(f"{band}@{season}" for season in seasons for band in ("red", "nir"))
+    plain = tiny_onnx(tmp_path)
+    seasonal = replace(plain, spec=replace(plain.spec, bands=bands, seasons=seasons))
+    plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, seasonal)
+    assert plan.bands == ("red", "nir", "scl")
+    scene = build_scene(plan).compute()
+    assert tuple(scene.band.values) == bands
+    for season, dates in {"spring": synthetic.dates[0], "summer": f"{synthetic.dates[1]}/{synthetic.dates[2]}"}.items():
+        pixels = s2seg.stack(s2seg.search(synthetic.catalog, synthetic.bbox, dates), plan.padded, ["red", "nir", "scl"])
+        own = s2seg.composite(pixels)
+        np.testing.assert_array_equal(scene.sel(band=[f"red@{season}", f"nir@{season}"]).values, own.values)
+    assert map_area(synthetic.catalog, synthetic.bbox, DATES, seasonal, tmp_path / "out").zarr.exists()
+    with pytest.raises(s2seg.S2SegError, match="no scene in season spring"):
+        build_scene(plan_area(synthetic.catalog, synthetic.bbox, synthetic.dates[1], seasonal))
+
+
 def test_many_dates_make_smaller_blocks(
     synthetic: SyntheticRegion, model: ModelBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("s2seg.pipeline._CHUNK_BYTES", 6 * 5 * 2 * 512 * 512)
+    monkeypatch.setattr("s2seg.pipeline.plan._CHUNK_BYTES", 6 * 5 * 2 * 512 * 512)
     plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, model, MapOptions(core=2048))
     assert plan.chunks.core == 512

@@ -24,7 +24,7 @@ ONNX = "onnx"
 WEIGHTS_FILES = {True: "model.onnx", False: "weights.safetensors"}
 """The only names that a weights file can have, by ``spec.is_onnx``: a path in ``model.json`` leads nowhere else."""
 
-_BAND = re.compile(r"[a-z][a-z0-9_]*")
+_BAND = re.compile(r"[a-z][a-z0-9_]*(@\w+)?")
 _MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 _ACTIVATIONS = ("logits", "probabilities")
 
@@ -62,6 +62,8 @@ class ModelSpec:
     global_context
         Whether the answer at a pixel depends on the whole window (squeeze-and-excite, attention, global pooling):
         such windows are blended with a taper instead of being trimmed.
+    seasons
+        Name -> ``MM-DD/MM-DD`` where the bands are composites of several seasons, named ``red@spring``.
     provenance, metrics
         Plain values for the record: data, licence, citation; scores.
 
@@ -83,6 +85,7 @@ class ModelSpec:
     depth: int = 64
     window: int | None = None
     global_context: bool = False
+    seasons: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,6 +107,11 @@ class ModelSpec:
                 raise InputError(f"bands[{i}]: {band!r} is not a STAC common name such as blue, nir or swir16")
             if band in self.bands[:i]:
                 raise InputError(f"bands[{i}]: {band!r} is given twice")
+            season = band.partition("@")[2]
+            if (season or self.seasons) and season not in self.seasons:
+                raise InputError(
+                    f"bands[{i}]: {band!r} is of none of the seasons ({', '.join(self.seasons) or 'none'})"
+                )
         for name in ("mean", "std"):
             if len(getattr(self, name)) != len(self.bands):
                 raise InputError(f"{name}: {len(getattr(self, name))} values for {len(self.bands)} bands")
@@ -349,11 +357,12 @@ _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "depth": _integer,
     "window": _optional_integer,
     "global_context": _boolean,
+    "seasons": _mapping,
     "provenance": _mapping,
     "metrics": _mapping,
 }
 _FIELDS = tuple(_CONVERSIONS)
-_OPTIONAL = {"window", "provenance", "metrics"}
+_OPTIONAL = {"window", "seasons", "provenance", "metrics"}
 _WORLD = [[-180.0, -90.0], [180.0, -90.0], [180.0, 90.0], [-180.0, 90.0], [-180.0, -90.0]]
 
 

@@ -61,7 +61,7 @@ def write_zarr(
     prediction: xr.Dataset,
     path: str | Path,
     *,
-    tile: int = 8192,
+    tile: tuple[int, int] = (16384, 4096),
     attrs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
@@ -82,7 +82,7 @@ def write_zarr(
         A local folder, which appears under this name when it is complete; or an fsspec URL, which is complete once it
         has consolidated metadata.
     tile
-        Pixels per side of what is computed at once, rounded down to whole blocks (at least one).
+        Pixels (down, across) of what is computed as one graph, rounded down to whole blocks (at least one).
     attrs
         More attributes for the group, JSON values.
     overwrite
@@ -212,7 +212,7 @@ def _write(
     axes: Mapping[Hashable, _Axis],
     url: str,
     label: str,
-    tile: int,
+    tile: tuple[int, int],
     attrs: Mapping[str, Any],
     on_progress: Progress | None,
 ) -> None:
@@ -373,7 +373,7 @@ def _write_block(*arrays: npt.NDArray[Any], target: _Target, index_dims: tuple[s
     return np.ones((1,) * len(index_dims), np.uint8)
 
 
-def _compute(blocks: da.Array, chunk_y: int, chunk_x: int, tile: int, on_progress: Progress | None) -> None:
+def _compute(blocks: da.Array, chunk_y: int, chunk_x: int, tile: tuple[int, int], on_progress: Progress | None) -> None:
     total, done = blocks.npartitions, 0
 
     def step() -> None:
@@ -382,7 +382,7 @@ def _compute(blocks: da.Array, chunk_y: int, chunk_x: int, tile: int, on_progres
         if on_progress is not None:
             on_progress(done, total)
 
-    tiles = _tiles(blocks, max(1, tile // chunk_y), max(1, tile // chunk_x))
+    tiles = _tiles(blocks, max(1, tile[0] // chunk_y), max(1, tile[1] // chunk_x))
     client = _client()
     if client is None:
         for part in tiles:

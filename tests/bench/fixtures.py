@@ -11,6 +11,7 @@ import numpy as np
 import rasterio
 import torch
 from odc.geo.geobox import GeoBox
+from rasterio.enums import Resampling
 
 from s2seg.legend import Legend
 from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, save_bundle
@@ -28,8 +29,8 @@ def real_data() -> Path:
 
 
 def scene(folder: Path, size: int) -> Path:
-    """A one-date catalog of ``size`` x ``size`` pixels at 10 m; made on first use."""
-    catalog = folder / f"scene-{size}" / "catalog.json"
+    """A one-date catalog of ``size`` x ``size`` pixels at 10 m, with overviews as published scenes have; made once."""
+    catalog = folder / f"scene-{size}-overviews" / "catalog.json"
     tool = real_data().parent / "tools" / "make_scene.py"
     if catalog.exists():
         return catalog
@@ -38,6 +39,10 @@ def scene(folder: Path, size: int) -> Path:
         subprocess.run([*command, "--bands", ",".join(BANDS)], check=True, stdout=subprocess.DEVNULL)
     else:
         synthetic_catalog(catalog.parent, size=size, dates=("2022-02-01",), cloud_cover=(0.0,))
+    for path in catalog.parent.rglob("*.tif"):
+        with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS"), rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as out:
+            if not out.overviews(1):
+                out.build_overviews([2, 4, 8, 16], Resampling.average)
     return catalog
 
 

@@ -26,14 +26,14 @@ def stored_files(path):
 @pytest.mark.parametrize(
     ("shape", "core", "tile"),
     [
-        ((150, 220), 64, 8192),  # one tile, ragged last blocks
-        ((150, 220), 64, 64),  # one block to a tile
-        ((150, 220), 64, 150),  # tiles of 2 x 2 blocks, the last ones smaller
-        ((150, 220), 64, 10),  # a tile below a block still takes a whole one
-        ((128, 128), 64, 128),
-        ((40, 700), 64, 8192),  # shorter than a block; longer than a stored chunk
-        ((700, 90), 1024, 8192),  # one block, no multiple of anything
-        ((1, 1), 64, 8192),
+        ((150, 220), 64, (8192, 8192)),  # one tile, ragged last blocks
+        ((150, 220), 64, (64, 64)),  # one block to a tile
+        ((150, 220), 64, (150, 150)),  # tiles of 2 x 2 blocks, the last ones smaller
+        ((150, 220), 64, (10, 70)),  # a tile below a block still takes a whole one
+        ((128, 128), 64, (128, 64)),
+        ((40, 700), 64, (8192, 8192)),  # shorter than a block; longer than a stored chunk
+        ((700, 90), 1024, (8192, 8192)),  # one block, no multiple of anything
+        ((1, 1), 64, (8192, 8192)),
     ],
 )
 def test_every_pixel_lands_where_it_belongs(tmp_path, legend, make_prediction, shape, core, tile):
@@ -63,7 +63,7 @@ def test_a_block_is_computed_once_for_all_variables_and_tile_after_tile(tmp_path
         coords=xr_coords(grid(128, 128)),
         attrs={"legend": legend.to_dict()},
     )
-    write_zarr(prediction, tmp_path / "map.zarr", tile=64)
+    write_zarr(prediction, tmp_path / "map.zarr", tile=(64, 64))
     assert len(calls) == 16
     tiles = [(y // 64, x // 64) for y, x in calls]
     assert [tiles[i] for i in (0, 4, 8, 12)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -152,7 +152,7 @@ def test_dates_and_probabilities(tmp_path, legend, dates_per_block):
         coords=xr_coords(grid(*shape[1:])) | {"time": times},
         attrs={"legend": legend.to_dict()},
     )
-    path = write_zarr(prediction, tmp_path / "map.zarr", tile=64)
+    path = write_zarr(prediction, tmp_path / "map.zarr", tile=(64, 64))
     back = xr.open_zarr(path, mask_and_scale=False)
     np.testing.assert_array_equal(back["land_cover"], cover)
     np.testing.assert_array_equal(back["probability"], chances)
@@ -196,7 +196,9 @@ def test_reading_back_gives_blocks_geobox_and_legend(tmp_path, legend, make_pred
 
 def test_progress_counts_blocks(tmp_path, legend, make_prediction):
     seen = []
-    write_zarr(make_prediction(legend), tmp_path / "m.zarr", tile=128, on_progress=lambda *step: seen.append(step))
+    write_zarr(
+        make_prediction(legend), tmp_path / "m.zarr", tile=(128, 128), on_progress=lambda *step: seen.append(step)
+    )
     assert seen == [(i, 12) for i in range(1, 13)]
 
 
@@ -204,13 +206,13 @@ def test_worker_processes_write_the_same_bytes_as_threads(tmp_path, legend, make
     from distributed import Client, LocalCluster
 
     prediction = make_prediction(legend)
-    write_zarr(prediction, tmp_path / "threads.zarr", tile=128)
+    write_zarr(prediction, tmp_path / "threads.zarr", tile=(128, 128))
     seen = []
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         Client(cluster),
     ):
-        write_zarr(prediction, tmp_path / "c.zarr", tile=128, on_progress=lambda *step: seen.append(step))
+        write_zarr(prediction, tmp_path / "c.zarr", tile=(128, 128), on_progress=lambda *step: seen.append(step))
         failing = prediction.map(lambda v: v.copy(data=v.data.map_blocks(fail, dtype="uint8", meta=np.empty((0, 0)))))
         with pytest.raises(ReadError, match="tile gone"):
             write_zarr(failing, tmp_path / "failing.zarr")

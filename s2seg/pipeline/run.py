@@ -1,0 +1,241 @@
+"""One area from catalog to map: the stage calls, in order. What the CLI and the jobs call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+from dask.base import compute
+from dask.delayed import delayed
+from shapely.geometry.base import BaseGeometry
+
+from s2seg.errors import OutputError, S2SegError, S2SegWarning
+from s2seg.legend import Legend
+from s2seg.models.bundle import ModelBundle
+from s2seg.models.runtimes import open_session
+from s2seg.outputs._files import check_writable, remove, writing
+from s2seg.outputs.zarr import read_land_cover, write_zarr
+from s2seg.pipeline.build import build_prediction, build_scene
+from s2seg.pipeline.plan import MapOptions, plan_area
+from s2seg.pipeline.products import describe_run, write_products
+from s2seg.sources.catalogs import Catalog, resolve_catalog
+from s2seg.sources.radiometry import decide_offsets
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done, and the total."""
+
+_OUTPUTS = (
+    "run.json",
+    "land_cover.zarr",
+    "land_cover*.tif",
+    "land_cover*.tif.aux.xml",
+    "land_cover*.qml",
+    "item*.json",
+    "quicklook.png",
+)
+"""What a run writes; a date stands where the star is in ``per-date`` mode."""
+
+
+class NothingMappedError(S2SegError):
+    """Every pixel came out as nodata."""
+
+
+@dataclass(frozen=True)
+class MapResult:
+    """Where a run's outputs are.
+
+    Parameters
+    ----------
+    zarr, land_cover, items, quicklook, run
+        Paths; one COG and one STAC item per date in ``per-date`` mode, else one of each.
+    record
+        What ``run.json`` holds.
+    """
+
+    zarr: Path
+    land_cover: tuple[Path, ...]
+    items: tuple[Path, ...]
+    quicklook: Path
+    run: Path
+    record: Mapping[str, Any]
+
+
+def map_area(
+    catalog: str | Path | Catalog,
+    aoi: str | Path | Sequence[float] | BaseGeometry | Mapping[str, Any],
+    datetime: str,
+    model: str | Path | ModelBundle,
+    output: str | Path,
+    options: MapOptions | None = None,
+    on_progress: Progress | None = None,
+) -> MapResult:
+    """Map the land cover of an area and write everything about it.
+
+    Writes ``land_cover.zarr``, ``land_cover.tif`` (a COG), ``item.json`` (STAC), ``quicklook.png`` and ``run.json``; in
+    ``per-date`` mode the Zarr has a time axis, and there is one COG and one item per date. Nothing appears under these
+    names before all of it is complete.
+
+    Parameters
+    ----------
+    catalog, aoi, datetime
+        Where, what and when; see :func:`s2seg.search`.
+    model
+        A bundle, or its path or URL.
+    output
+        Folder to write to; it is made if it does not exist.
+    options
+        How to map.
+    on_progress
+        Called with (stage, done, total).
+
+    Raises
+    ------
+    S2SegError
+        A subclass that names what is wrong with the input, the data or the output folder.
+    """
+    options = options or MapOptions()
+    folder = Path(output)
+    report = on_progress or _silent
+    _refuse_existing(folder, options)
+    clock = _Clock()
+    with _noted_warnings() as notes:
+        with clock("search"):
+            report("search", 0, 1)
+            plan = plan_area(catalog, aoi, datetime, model, options)
+            report("search", 1, 1)
+        with clock("prepare"):
+            session = open_session(plan.model, options.runtime, options.device, options.precision).name
+            offsets = decide_offsets(plan.items, check=options.check_offsets)
+        scene = build_scene(plan, offsets)
+        prediction = build_prediction(plan, scene)
+        with _staging(folder) as staged:
+            with clock("map"):
+                zarr = write_zarr(
+                    prediction, staged / "land_cover.zarr", tile=plan.tile,
+                    on_progress=lambda done, total: report("map", done, total),
+                )  # fmt: skip
+            stored = read_land_cover(zarr)
+            counts = _count(stored.land_cover, plan.model.spec.legend)
+            with clock("outputs"):
+                products = write_products(plan, stored, staged, offsets, lambda d, n: report("outputs", d, n))
+            record = describe_run(
+                plan,
+                str(resolve_catalog(catalog).url),
+                datetime,
+                offsets,
+                products,
+                counts,
+                session,
+                notes,
+                clock.seconds,
+            )
+            with writing(folder):
+                (staged / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+                _publish(staged, folder)
+    return MapResult(
+        zarr=folder / "land_cover.zarr",
+        land_cover=tuple(folder / name for name, _ in products),
+        items=tuple(folder / name for _, name in products),
+        quicklook=folder / "quicklook.png",
+        run=folder / "run.json",
+        record=record,
+    )
+
+
+class _Clock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+@contextmanager
+def _noted_warnings() -> Iterator[list[str]]:
+    """Collect our own warnings for run.json, and pass every warning on when done."""
+    notes: list[str] = []
+    shown = warnings.showwarning
+
+    def note(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, S2SegWarning):
+            notes.append(str(message))
+        shown(message, category, *rest)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield notes
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def _refuse_existing(folder: Path, options: MapOptions) -> None:
+    """Check the output before anything is read."""
+    check_writable(folder / "run.json", overwrite=options.overwrite)
+    found = [path for pattern in _OUTPUTS for path in folder.glob(pattern)]
+    if found and not options.overwrite:
+        raise OutputError(str(found[0]), "it exists already; pass --overwrite to replace it")
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder inside the output that is removed again, with the output folder if that is new and still empty."""
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
+    staged = folder / ".partial"
+    with writing(folder):
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        for made in created:
+            if made.exists() and not any(made.iterdir()):
+                made.rmdir()
+
+
+def _publish(staged: Path, folder: Path) -> None:
+    """Move finished outputs to their names; run.json goes last, so that it vouches for the rest."""
+    for pattern in _OUTPUTS:
+        for earlier in folder.glob(pattern):
+            remove(earlier)
+    for path in sorted(staged.iterdir(), key=lambda p: p.name == "run.json"):
+        path.replace(folder / path.name)
+
+
+def _count(land_cover: xr.DataArray, legend: Legend) -> npt.NDArray[np.int64]:
+    """Pixels of each code in each map: (date, 256); a composite is one map.
+
+    Raises
+    ------
+    NothingMappedError
+        If all of them are nodata.
+    """
+    maps = land_cover.data[None] if land_cover.ndim == 2 else land_cover.data
+    blocks = [[delayed(_bincount)(block) for block in one.to_delayed().ravel()] for one in maps]
+    counts = np.array([np.sum(one, axis=0) for one in compute(*blocks)])
+    if counts.sum() == counts[:, legend.nodata].sum():
+        raise NothingMappedError(
+            "nothing to map: no scene has a clear pixel in this area; widen the dates, or mask fewer SCL classes"
+        )
+    return counts
+
+
+def _bincount(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    return np.bincount(block.ravel(), minlength=256)
