@@ -76,8 +76,8 @@ class FitResult:
         What it expects and answers, for :func:`s2seg.models.save_bundle`; with provenance and validation scores.
     history
         One row per epoch: ``epoch`` (from 1), ``step`` (optimizer steps so far), ``train_loss``, ``val_loss``,
-        ``val_mean_iou``, ``val_accuracy``, ``learning_rate``, ``seconds``, and ``data_wait``, the seconds of these
-        in which the network waited for chips.
+        ``val_mean_iou``, ``val_accuracy``, ``learning_rate`` (of the last batch, not the encoder's), ``seconds`` (with
+        the validation), and ``data_wait``, the seconds of these in which training waited for chips.
     best_epoch
         The epoch with the highest ``val_mean_iou``, from 1.
     """
@@ -329,11 +329,15 @@ class _Recorder(pl.Callback):  # type: ignore[misc]
         self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
         self._csv = folder / "history.csv" if "csv" in config.logs else None
         self._on_progress = on_progress or _silent
-        self._started = self._waited = 0.0
+        self._started = self._waited = self._learning_rate = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
         """Start the clock."""
         self._started, self._waited = time.perf_counter(), _waited(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note the learning rate that the batch is trained with; after it the schedule moves on."""
+        self._learning_rate = float(trainer.optimizers[0].param_groups[-1]["lr"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Tell about a batch."""
@@ -343,7 +347,7 @@ class _Recorder(pl.Callback):  # type: ignore[misc]
         """Add a row to the history, and tell about the epoch."""
         scores = {name: float(trainer.callback_metrics[name]) for name in _SCORES}
         facts = {
-            "learning_rate": float(trainer.optimizers[0].param_groups[-1]["lr"]),
+            "learning_rate": self._learning_rate,
             "seconds": time.perf_counter() - self._started,
             "data_wait": _waited(trainer) - self._waited,
         }

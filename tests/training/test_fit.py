@@ -1,0 +1,216 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2seg.assess.scores import Scores
+from s2seg.errors import InputError, OutputError, S2SegWarning
+from s2seg.training import checkpoints
+from s2seg.training import fit as fitting
+from s2seg.training.checkpoints import load_checkpoint
+from s2seg.training.fit import build_spec, fit
+from tests.training.toy import toy_chips, toy_config
+
+# each with something that a restart could forget
+HARD = {
+    "one cycle, frozen, accumulated": {
+        "optimizer": {"freeze_encoder": 1, "encoder_learning_rate": 1e-3},
+        "fit": {"accumulate": 3},
+        "network": {"arguments": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}},
+    },
+    "plateau, sgd, dropout": {
+        "schedule": "plateau",
+        "optimizer": {"name": "sgd", "learning_rate": 1e-2},
+        "fit": {"sampling": "uniform", "precision": "bfloat16"},
+        "network": {"architecture": "PSPNet", "arguments": {"encoder_depth": 3, "psp_dropout": 0.5}},
+        "augment": {"noise": 0.01, "cutmix": 0.5},
+    },
+    "cosine, weighted": {"schedule": "cosine", "class_weights": "inverse_frequency", "loss": "dice + cross_entropy"},
+}
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_at(epoch, step):
+    def on_progress(progress):
+        if (progress.epoch, progress.step, progress.row) == (epoch, step, None):
+            raise KilledError
+
+    return on_progress
+
+
+def state(folder):
+    return load_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+def same(a, b) -> bool:
+    """Whether two trees of tensors and plain values are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def chips(tmp_path_factory):
+    return toy_chips(tmp_path_factory.mktemp("toy") / "chips.zarr")
+
+
+@pytest.fixture(scope="module")
+def whole(chips, tmp_path_factory):
+    """A training without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(toy_config(fit={"epochs": 3}), chips, folder)
+
+
+def test_learns_and_tells(whole):
+    folder, result = whole
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    assert [row["step"] for row in result.history] == [4, 8, 12]
+    assert result.history[-1]["val_loss"] < result.history[0]["val_loss"]
+    assert result.history[result.best_epoch - 1]["val_mean_iou"] == max(r["val_mean_iou"] for r in result.history)
+    assert result.spec.metrics["val_mean_iou"] == result.history[result.best_epoch - 1]["val_mean_iou"]
+    assert result.spec.provenance["items"] == ["item"]
+    assert not result.network.training
+    with (folder / "logs" / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in result.history]
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_a_resumed_training_is_the_same_to_the_bit(chips, tmp_path, name):
+    config = toy_config(**HARD[name])
+    expected = fit(config, chips, tmp_path / "whole")
+    for epoch in (2, 3):
+        with pytest.raises(KilledError):
+            fit(config, chips, tmp_path / "cut", resume=epoch > 2, on_progress=kill_at(epoch, 3))
+    result = fit(config, chips, tmp_path / "cut", resume=True)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "plateau", "global_step"):
+        assert same(*(state(tmp_path / f).get(part) for f in ("whole", "cut"))), part
+    assert same(expected.network.state_dict(), result.network.state_dict())
+    for row, other in zip(expected.history, result.history, strict=True):
+        assert {k: row[k] for k in list(row)[:7]} == {k: other[k] for k in list(row)[:7]}
+
+
+def test_survives_kill_9(chips, whole, tmp_path):
+    code = (
+        "import sys, time; from s2seg.training.fit import fit; from s2seg.training.chips import open_chips;"
+        "from tests.training.toy import toy_config\n"
+        "def stop(p):\n    if (p.epoch, p.step) == (2, 2): print('now', flush=True); time.sleep(60)\n"
+        "fit(toy_config(fit={'epochs': 3}), open_chips(sys.argv[1]), sys.argv[2], on_progress=stop)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", code, str(chips.path), str(tmp_path)]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        os.kill(process.pid, signal.SIGKILL)
+    result = fit(toy_config(fit={"epochs": 3}), chips, tmp_path, resume=True)
+    assert same(result.network.state_dict(), whole[1].network.state_dict())
+    assert same(state(tmp_path)["optimizer_states"], state(whole[0])["optimizer_states"])
+
+
+def test_resume_when_all_is_done_trains_no_more(chips, whole):
+    folder, expected = whole
+    before = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    result = fit(toy_config(fit={"epochs": 3}), chips, folder, resume=True)
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    assert (result.best_epoch, result.history) == (expected.best_epoch, expected.history)
+
+
+def test_resume_refuses_another_configuration(chips, whole):
+    with pytest.raises(InputError, match="another configuration"):
+        fit(toy_config(fit={"epochs": 4}), chips, whole[0], resume=True)
+
+
+def test_resume_without_a_checkpoint_says_so(chips, tmp_path):
+    config = toy_config(fit={"epochs": 1, "steps_per_epoch": 1})
+    chance = torch.get_rng_state()
+    with pytest.warns(S2SegWarning, match="starts anew"):
+        assert len(fit(config, chips, tmp_path, resume=True).history) == 1
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_gives_up_when_nothing_gets_better(chips, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scores, "mean_iou", 0.5)
+    config = toy_config(fit={"epochs": 9, "steps_per_epoch": 1, "patience": 2})
+    first = fit(config, chips, tmp_path)
+    assert (first.best_epoch, len(first.history)) == (1, 3)
+    assert len(fit(config, chips, tmp_path, resume=True).history) == 3
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(chips, tmp_path, monkeypatch):
+    config = toy_config()
+    save = torch.save
+    written = []
+
+    def full(content, file):
+        written.append(file)
+        if len(written) > 2:  # best and last of the first epoch are through
+            with Path("/dev/full").open("wb") as nowhere:
+                save(content, nowhere)
+        save(content, file)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    with pytest.raises(OutputError, match=r"\.ckpt: No space left on device; free some space .*--resume"):
+        fit(config, chips, tmp_path)
+    monkeypatch.undo()
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert len(state(tmp_path)["callbacks"]["s2seg_history"]["history"]) == 1
+    assert len(fit(config, chips, tmp_path, resume=True).history) == 3
+
+
+def test_the_optimizer_steps_once_for_several_batches(chips, tmp_path):
+    config = toy_config(fit={"accumulate": 3, "epochs": 2})
+    result = fit(config, chips, tmp_path)
+    assert [row["step"] for row in result.history] == [2, 4]  # four batches: three and a rest
+    assert state(tmp_path)["lr_schedulers"][0]["total_steps"] == 4
+    assert result.history[-1]["learning_rate"] < 1e-6  # the cycle has come to its end
+
+
+def test_a_frozen_encoder_stays_as_it_is(chips, tmp_path):
+    config = toy_config(optimizer={"freeze_encoder": 2}, fit={"epochs": 2})
+    result = fit(config, chips, tmp_path)
+    torch.manual_seed(config.fit.seed)
+    fresh = fitting.build_network(build_spec(config, chips)).state_dict()
+    moved = {name for name, tensor in result.network.state_dict().items() if not torch.equal(tensor, fresh[name])}
+    assert moved
+    assert not [name for name in moved if name.startswith("encoder.")]
+
+
+def test_a_network_that_pools_globally_is_bound_to_the_chips_size(chips):
+    local = build_spec(toy_config(), chips)
+    assert (local.stride, local.depth, local.window, local.global_context) == (8, 16, None, False)
+    squeezed = {"encoder": "se_resnet50", "arguments": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}}
+    bound = build_spec(toy_config(network=squeezed), chips)
+    assert (bound.window, bound.depth, bound.global_context) == (32, 8, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fit": {"accelerator": "gpu", "devices": 64}}, "64 GPUs are asked for"),
+        ({"fit": {"accelerator": "cpu", "precision": "float16"}}, "float16 needs a GPU"),
+        ({"fit": {"devices": 3}}, "cannot be shared evenly by 3"),
+        ({"logs": ["csv", "wandb"]}, "wandb needs the package wandb"),
+        ({"bands": ["nir", "red"]}, "other bands or another legend"),
+        ({"optimizer": {"name": "sgd", "learning_rate": 1e30}, "schedule": "none"}, "lower optimizer.learning_rate"),
+    ],
+)
+def test_mistakes(chips, tmp_path, monkeypatch, changes, message):
+    real = fitting.importlib.util.find_spec
+    monkeypatch.setattr(fitting.importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
+    with pytest.raises(InputError, match=message):
+        fit(toy_config(**changes), chips, tmp_path)
+    assert not list(tmp_path.rglob("*.ckpt"))
