@@ -93,7 +93,7 @@ class TrainConfig(Section):
         When made from values that make no sense; :func:`load_config` turns it into a `ConfigError`.
     """
 
-    name: str = Field(min_length=1, description="the model's name; by default the file's")
+    name: str = Field(min_length=1, description="the model's name; by default the file's", examples=["model"])
     legend: LegendField = Field(
         description="the classes: a built-in legend's name, a YAML file, or the legend itself", examples=["worldcover"]
     )
@@ -108,15 +108,14 @@ class TrainConfig(Section):
     )
     composite: CompositeField = Field(
         default_factory=CompositeSpec,
-        description="how dates become one scene: a method's name, or {method, mask, dilate, percentile}",
+        description="how dates become one scene; a method's name will do",
     )
     resampling: Literal["nearest", "bilinear"] = Field(
         default="nearest", description="how 20 and 60 m bands reach a finer grid"
     )
     seasons: dict[str, Annotated[str, AfterValidator(check_season)]] = Field(
         default_factory=dict,
-        description="name: MM-DD/MM-DD; each is a composite of its own and its bands are stacked as band@name",
-        examples=[{"spring": "03-01/05-31", "summer": "06-01/08-31"}],
+        description="each a composite of its own, its bands stacked as red@spring: {spring: 03-01/05-31, ...}",
     )
     areas: tuple[AreaConfig, ...] = Field(default=(), description="the places with labels")
     tiles: TilesConfig | None = Field(default=None, description="ready-cut pairs of images and masks, instead of areas")
@@ -166,13 +165,14 @@ class TrainConfig(Section):
             SHA-256 of the values as canonical JSON, 64 hexadecimal digits.
         """
         values = self.model_dump(mode="json", include=set(_DATA) if part == "data" else None, exclude={"name", "logs"})
+        values["seasons"] = list(self.seasons.items())  # their order is the channels'
         if part == "all":
             values["fit"] = {k: v for k, v in values["fit"].items() if k not in ("accelerator", "devices")}
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """Return YAML with every value and resolved paths; :func:`load_config` reads it as the same configuration."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120)
 
     @field_validator("bands")
     @classmethod
