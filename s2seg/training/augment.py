@@ -33,7 +33,7 @@ _ICE_ABSORBS = 1.3  # beyond this wavelength clouds are darker
 
 _RARE = 0.1  # classes that together make up no more than this are worth copying
 _BLUR = (0.5, 1.5)  # standard deviation in pixels
-_HAZE = (0.05, 0.4)  # optical thickness at 0.55 micrometres where the haze is thickest
+_HAZE = (0.03, 0.25)  # optical thickness at 0.55 micrometres where the haze is thickest
 _AIRLIGHT = 0.35  # reflectance of haze that nothing shines through
 _ANGSTROM = 1.3  # exponent of continental aerosol
 _COVER = (0.05, 0.4)  # share of a chip that clouds cover
