@@ -173,7 +173,7 @@ class ChipStore:
         return cast(Labels, self._read("label", indices))
 
     def _read(self, name: str, indices: int | slice | npt.ArrayLike) -> npt.NDArray[Any]:
-        slots = self._order[indices if isinstance(indices, slice) else np.atleast_1d(np.asarray(indices))]
+        slots = np.atleast_1d(self._order[cast(Any, indices)])
         if self._fits_memory:
             return self._decoded[name == "label"][slots]
         array = _array(self._group, name)
