@@ -261,7 +261,7 @@ def write_comparison(
     subtitle: str = "",
     overwrite: bool = False,
 ) -> Path:
-    """Draw places row by row: image, truth, each model's map, and where each of them errs.
+    """Draw places row by row: image, labels, each model's map, and where each of them errs.
 
     In the panels of errors what is right is grey, what is wrong has the colour of the class that the map claims, and
     pixels without a label or without an answer are white; below stands the share that is right.
@@ -295,7 +295,7 @@ def write_comparison(
     _check_rows(rows)
     models = list(rows[0].predictions)
     errors = ["Errors"] if len(models) == 1 else [f"Errors of {name}" for name in models]
-    columns = ["Image", "Truth", *models, *errors]
+    columns = ["Image", "Labels", *models, *errors]
     sizes = [_fit(row.truth.shape[1] / row.truth.shape[0], _SIDE, _SIDE) for row in rows]
     cell = max(width for width, _ in sizes) + _GAP
     width = max(2 * _MARGIN + cell * len(columns) - _GAP, 5.5)
@@ -303,11 +303,13 @@ def write_comparison(
     entries = _classes_in(rows, legend)
     heights = [height + 0.34 for _, height in sizes]
     lines = _flow(entries, width - 2 * _MARGIN)
-    page = _Page(width, head.height + 0.26 + sum(heights) + 0.24 * (1 + max(line for line, _ in lines)) + _MARGIN)
+    headers = [textwrap.wrap(name, int(cell / 0.088)) or [""] for name in columns]
+    top = head.height + 0.1 + 0.16 * max(map(len, headers))
+    page = _Page(width, top + sum(heights) + 0.24 * (1 + max(line for line, _ in lines)) + _MARGIN)
     head.draw(page)
-    for k, name in enumerate(columns):
-        page.text(_MARGIN + k * cell, head.height + 0.18, name, size=9, va="bottom", weight="bold")
-    y = head.height + 0.26
+    for k, header in enumerate(headers):
+        page.text(_MARGIN + k * cell, top - 0.08, "\n".join(header), size=9, va="bottom", weight="bold")
+    y = top
     for row, size, height in zip(rows, sizes, heights, strict=True):
         _comparison_row(page, row, legend, y, size, cell)
         y += height
@@ -394,7 +396,7 @@ class _Head:
 
     def __init__(self, title: str, subtitle: str, width: float) -> None:
         self.titles = textwrap.wrap(title, int((width - 2 * _MARGIN) / 0.115))
-        self.subtitles = textwrap.wrap(subtitle, int((width - 2 * _MARGIN) / 0.072))
+        self.subtitles = textwrap.wrap(subtitle, int((width - 2 * _MARGIN) / 0.068))
         self.height = _MARGIN + _TITLE * len(self.titles) + _LINE * len(self.subtitles) + 0.1
 
     def draw(self, page: _Page) -> None:
