@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -248,8 +248,23 @@ def _to_onnx(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
 def _to_torchscript(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
     import torch
 
-    traced = torch.jit.trace(network, _example(bundle.spec), check_trace=False)
-    torch.jit.save(traced, str(file), _extra_files={"s2seg.json": json.dumps(_facts(bundle))})
+    traced = torch.jit.trace(network, _example(bundle.spec), check_trace=False)  # type: ignore[no-untyped-call]
+    whole = file.with_name("whole")
+    torch.jit.save(traced, str(whole), _extra_files={"s2seg.json": json.dumps(_facts(bundle))})
+    _drop_debug_records(whole, file)
+
+
+def _drop_debug_records(whole: Path, file: Path) -> None:
+    """Copy a TorchScript archive without the records that tell where on this machine its source code lies."""
+    import torch
+
+    reader, writer = torch._C.PyTorchFileReader(str(whole)), torch._C.PyTorchFileWriter(str(file))
+    for name in reader.get_all_records():
+        # the writer adds these two itself
+        if not name.endswith(".debug_pkl") and name not in ("version", ".data/serialization_id"):
+            record = reader.get_record(name)
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
 
 
 def _to_openvino(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
@@ -281,7 +296,7 @@ def _open_torchscript(file: Path) -> Run:
     import torch
 
     with _quiet():
-        network = torch.jit.load(str(file))
+        network = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
 
     def run(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         with torch.no_grad():
@@ -408,7 +423,7 @@ def _spec_of_export(bundle: ModelBundle) -> ModelSpec:
     )
 
 
-def _facts(bundle: ModelBundle) -> Mapping[str, str]:
+def _facts(bundle: ModelBundle) -> dict[str, str]:
     """What a stranger must know to run the file, as texts."""
     spec = bundle.spec
     return {

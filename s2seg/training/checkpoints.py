@@ -21,7 +21,7 @@ MONITOR = "val_mean_iou"
 """What "best" means: the highest of this."""
 
 
-class WholeFiles(CheckpointIO):  # type: ignore[misc]
+class WholeFiles(CheckpointIO):
     """Write a checkpoint beside its place, flush it to the disk, then rename: the old one or the new one, never half.
 
     Loading unpickles tensors and plain values only (``weights_only``), so that a checkpoint runs no code.
@@ -84,7 +84,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return content
 
 
-class BestAndLast(Checkpoint):  # type: ignore[misc]
+class BestAndLast(Checkpoint):
     """Keep two files: ``best.ckpt``, the weights with the highest score, and ``last.ckpt``, to go on from.
 
     Both are written when an epoch and its validation are over. The best one comes first: after a kill in between,

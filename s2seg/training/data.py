@@ -83,7 +83,7 @@ def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements=("C", "W")))
 
 
-class ChipData(pl.LightningDataModule):  # type: ignore[misc]
+class ChipData(pl.LightningDataModule):
     """The training and validation batches of one process.
 
     Parameters
@@ -100,19 +100,23 @@ class ChipData(pl.LightningDataModule):  # type: ignore[misc]
     def __init__(self, chips: Chips, train: Positions, validation: Positions, plan: EpochPlan) -> None:
         super().__init__()
         self._chips, self._train, self._validation, self._plan = chips, train, validation, plan
-        self.feed: Feed | None = None
-        """The training batches, once Lightning has asked for them."""
+        self._feed: Feed | None = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for batches so far."""
+        return 0.0 if self._feed is None else self._feed.waited
 
     def train_dataloader(self) -> Feed:
         """Return the batches of every epoch."""
         mine = slice(self._rank(), None, self._world())
-        self.feed = Feed(
+        self._feed = Feed(
             self._chips,
             lambda epoch: [self._train[batch][mine] for batch in self._plan.batches(epoch)],
             # Lightning counts it up before anyone asks for the first batch
             lambda: int(self.trainer.fit_loop.epoch_progress.current.processed),  # type: ignore[union-attr]
         )
-        return self.feed
+        return self._feed
 
     def val_dataloader(self) -> Feed:
         """Return the validation chips, each once and in order."""

@@ -130,7 +130,7 @@ def fit(
     loggers = _loggers(config, folder)
     with _reproducible(), _quiet():
         module, data = _module(config, chips)
-        recorder = _Recorder(config, folder / LOGS, on_progress)
+        recorder = _Recorder(config, folder / LOGS, data, on_progress)
         keeper = BestAndLast((folder / FOLDER).absolute(), config.fit.patience)
         start = _last_checkpoint(config, keeper.folder, resume)
         if start is None or not _is_over(config, keeper, start):
@@ -319,21 +319,23 @@ def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
     return [make[name]() for name in config.logs if name in make]
 
 
-class _Recorder(pl.Callback):  # type: ignore[misc]
+class _Recorder(pl.Callback):
     """Keep the history, across restarts too; write it as CSV; tell how far the training is."""
 
     state_key = "s2seg_history"
 
-    def __init__(self, config: TrainConfig, folder: Path, on_progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, data: ChipData, on_progress: Callable[[Progress], None] | None
+    ) -> None:
         self.history: list[dict[str, float]] = []
         self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
         self._csv = folder / "history.csv" if "csv" in config.logs else None
-        self._on_progress = on_progress or _silent
+        self._data, self._on_progress = data, on_progress or _silent
         self._started = self._waited = self._learning_rate = 0.0
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         """Start the clock."""
-        self._started, self._waited = time.perf_counter(), _waited(trainer)
+        self._started, self._waited = time.perf_counter(), self._data.waited
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Note the learning rate that the batch is trained with; after it the schedule moves on."""
@@ -349,7 +351,7 @@ class _Recorder(pl.Callback):  # type: ignore[misc]
         facts = {
             "learning_rate": self._learning_rate,
             "seconds": time.perf_counter() - self._started,
-            "data_wait": _waited(trainer) - self._waited,
+            "data_wait": self._data.waited - self._waited,
         }
         pl_module.log_dict(facts)
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **scores, **facts}
@@ -374,11 +376,6 @@ class _Recorder(pl.Callback):  # type: ignore[misc]
 
 def _silent(_: Progress) -> None:
     pass
-
-
-def _waited(trainer: pl.Trainer) -> float:
-    feed = trainer.datamodule.feed
-    return 0.0 if feed is None else float(feed.waited)
 
 
 def _write_csv(path: Path, history: list[dict[str, float]]) -> None:
@@ -423,15 +420,16 @@ def _clear(folder: Path) -> None:
 def _reproducible() -> Iterator[None]:
     """Leave torch's chance and its settings for determinism as they were."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     # filling every new buffer with NaN finds bugs, and costs a pass over all memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class Descent:
     schedule: str = "one_cycle"
 
 
-class SegmentationModule(pl.LightningModule):  # type: ignore[misc]
+class SegmentationModule(pl.LightningModule):
     """Fit a network to chips.
 
     Parameters
@@ -78,6 +78,13 @@ class SegmentationModule(pl.LightningModule):  # type: ignore[misc]
     Logged per epoch: ``train_loss``, ``val_loss`` (mean over batches, weighted by their labelled pixels), and from one
     confusion matrix over all validation pixels ``val_mean_iou`` and ``val_accuracy``.
     """
+
+    network: nn.Module
+    loss: nn.Module
+    _channels: Tensor
+    _a: Tensor
+    _b: Tensor
+    _counts: Tensor
 
     def __init__(
         self,

@@ -68,9 +68,9 @@ def start_from(network: torch.nn.Module, spec: ModelSpec, weights: str | Path | 
     source = _imagenet(spec) if str(weights) == IMAGENET else _read(str(weights), spec)
     own = network.state_dict()
     found = _adapt_first_convolution(network, spec, source)
-    wanted = {name for name in own if source.whole or name.startswith("encoder.")}
+    wanted = [name for name in own if source.whole or name.startswith("encoder.")]
     if source.whole and not any(name.startswith(_HEAD) for name in found):
-        wanted = {name for name in wanted if not name.startswith(_HEAD)}
+        wanted = [name for name in wanted if not name.startswith(_HEAD)]
     _check_fit(source, {name: own[name] for name in wanted}, found)
     network.load_state_dict({name: found[name] for name in wanted}, strict=False)
 
@@ -185,7 +185,7 @@ def _check_fit(source: _Source, own: Mapping[str, torch.Tensor], found: Mapping[
                 source.name, f"does not fit: layer {name} is {_shape(found[name])} there and {_shape(tensor)} here"
             )
     if source.whole:
-        for name in found.keys() - own.keys():
+        for name in sorted(found.keys() - own.keys()):
             raise ModelError(source.name, f"does not fit: this network has no layer {name} {_shape(found[name])}")
 
 

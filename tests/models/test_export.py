@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,8 @@ def test_the_file_says_what_it_is(exported):
         with pytest.warns(FutureWarning, match="deprecated"):
             torch.jit.load(exported.path, _extra_files=extra)
         facts = json.loads(extra["s2seg.json"])
+        with zipfile.ZipFile(exported.path) as archive:  # as above
+            assert not any(b"site-packages" in archive.read(name) for name in archive.namelist())
     assert facts["bands"] == "blue, green, red, nir"
     assert json.loads(facts["legend"]) == LEGEND.to_dict()
     assert facts["stride"] == "8"

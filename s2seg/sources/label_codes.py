@@ -1,0 +1,99 @@
+"""What raster and vector labels share: which legend code a value stands for, and the grid's CRS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from odc.geo.crs import CRS
+from odc.geo.geobox import GeoBox
+
+from s2seg.errors import InputError
+from s2seg.legend import Legend
+
+_LISTED = 12
+
+
+def code_table(legend: Legend, remap: Mapping[Any, Any] | None = None) -> dict[int | str, int]:
+    """Say what each value means: the legend's own codes and names, then ``remap`` on top.
+
+    Parameters
+    ----------
+    legend
+        The target.
+    remap
+        Source value -> legend code, class name, or None to drop it (it becomes nodata).
+
+    Returns
+    -------
+    dict
+        Source value (int, or str for names) -> legend code.
+
+    Raises
+    ------
+    InputError
+        If ``remap`` points at something that the legend does not have.
+    """
+    own: dict[int | str, int] = dict(zip(legend.names, legend.codes, strict=True))
+    own |= {code: code for code in (*legend.codes, legend.nodata)}
+    return own | {plain(value): resolve(legend, target, f"remap {value!r}") for value, target in (remap or {}).items()}
+
+
+def resolve(legend: Legend, target: Any, where: str) -> int:
+    """Legend code of a code, a class name, or None (nodata).
+
+    Raises
+    ------
+    InputError
+        For anything else; it lists the legend.
+    """
+    if target is None:
+        return legend.nodata
+    if isinstance(target, int) and not isinstance(target, bool) and target in (*legend.codes, legend.nodata):
+        return target
+    if target in legend.names:
+        return legend.codes[legend.names.index(target)]
+    raise InputError(f"{where}: {target!r} is no code or name of {describe(legend)}; use null to drop the value")
+
+
+def plain(value: Any) -> int | str:
+    """Make values comparable: whole numbers are int, whether they come as text, NumPy's, or float (pandas' nulls)."""
+    if isinstance(value, str):
+        digits = value.strip().removeprefix("-")
+        return int(value) if digits.isascii() and digits.isdigit() else value
+    try:
+        whole = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return str(value)
+    return whole if whole == value else str(value)
+
+
+def unknown(href: str, values: Iterable[int | str], legend: Legend, what: str = "values") -> InputError:
+    """Make the error for values that nothing explains."""
+    ordered = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
+    listed = ", ".join(map(str, ordered[:_LISTED])) + more
+    where = "colors" if what == "colors" else "remap"
+    return InputError(
+        f"labels {href}: {what} {listed} are not in {describe(legend)}; "
+        f"add each to `{where}`, with a code or class name, or null to drop it"
+    )
+
+
+def crs_of(geobox: GeoBox) -> CRS:
+    """CRS of a grid.
+
+    Raises
+    ------
+    InputError
+        If it has none.
+    """
+    if geobox.crs is None:
+        raise InputError("the grid for the labels needs a CRS")
+    return geobox.crs
+
+
+def describe(legend: Legend) -> str:
+    """Name the legend and its classes in a few words."""
+    listed = ", ".join(f"{c.code} {c.name}" for c in legend.classes[:_LISTED])
+    return f"legend {legend.name!r} ({listed}{', ...' if len(legend) > _LISTED else ''})"

@@ -1,0 +1,167 @@
+"""The places of a configuration as lazy arrays: the scenes that mapping would make, their labels and their split."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pystac
+import xarray as xr
+from odc.geo.geobox import GeoBox
+
+from s2seg.errors import S2SegWarning
+from s2seg.sources.aoi import parse_aoi
+from s2seg.sources.labels import LabelSource, RasterLabels, VectorLabels, footprint, read_labels
+from s2seg.sources.radiometry import decide_offsets
+from s2seg.sources.scene import SceneSpec, compose
+from s2seg.sources.search import search
+from s2seg.sources.stack import geobox_for
+from s2seg.training.chips import ChipSpec
+from s2seg.training.config import AreaConfig, TrainConfig
+from s2seg.training.splits import SplitSpec, split_by_area, split_by_blocks, split_by_geometries
+
+_CHUNK = 1024
+_CHUNK_BYTES = 384 * 2**20
+"""What the dates and bands of one chunk may take, decoded: as when mapping."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """One place at one time: pixels, labels and split on one grid, all lazy and cut alike.
+
+    Parameters
+    ----------
+    name
+        The area's.
+    date
+        The query that the scene was composed from.
+    scene
+        (band, y, x) uint16 DN, reflectance = DN / 10000, nodata 0.
+    labels
+        (y, x) uint8 legend codes.
+    split
+        (y, x) uint8: 0 for no part, else the index in :data:`~s2seg.training.splits.PARTS` plus 1.
+    items
+        Ids of the source items.
+    """
+
+    name: str
+    date: str
+    scene: xr.DataArray
+    labels: xr.DataArray
+    split: xr.DataArray
+    items: tuple[str, ...]
+
+
+def scene_spec(config: TrainConfig) -> SceneSpec:
+    """What the scenes are made of."""
+    return SceneSpec(config.bands, config.composite, config.resampling, config.seasons)
+
+
+def chip_spec(config: TrainConfig) -> ChipSpec:
+    """How scenes are cut into chips."""
+    chips = config.chips
+    return ChipSpec(
+        chips.size, chips.stride, chips.sizes, chips.min_labelled, chips.max_nodata, drop_only=config.drop_codes
+    )
+
+
+def split_spec(config: TrainConfig) -> SplitSpec:
+    """How places are divided."""
+    split = config.split
+    geometries = {str(part): path for part, path in (split.geometries or {}).items()}
+    return SplitSpec(split.by, split.block, split.fractions, split.buffer, split.seed, geometries)
+
+
+def open_regions(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> list[Region]:
+    """Search, stack and label every area at every one of its dates; reads only what the checks need.
+
+    Parameters
+    ----------
+    config
+        With areas; one of ready-cut tiles has no regions.
+    on_progress
+        Called with (done, total) areas.
+
+    Raises
+    ------
+    S2SegError
+        If a search finds nothing, bands or labels are missing, or labels and scenes do not overlap.
+    """
+    regions: list[Region] = []
+    for done, area in enumerate(config.areas):
+        if on_progress is not None:
+            on_progress(done, len(config.areas))
+        regions += _open_area(area, config)
+    if on_progress is not None:
+        on_progress(len(config.areas), len(config.areas))
+    return regions
+
+
+def _open_area(area: AreaConfig, config: TrainConfig) -> list[Region]:
+    source = _label_source(area)
+    aoi = parse_aoi(area.aoi) if area.aoi is not None else footprint(source)
+    found = [
+        search(area.catalog, aoi, date, max_cloud_cover=area.max_cloud_cover, collection=area.collection)
+        for date in area.datetime
+    ]
+    geobox = geobox_for(aoi, config.resolution, [item for items in found for item in items], config.crs)
+    chunks = _chunks(geobox, max(len(items) for items in found), len(config.bands) + 1)
+    labels = read_labels(source, geobox, config.legend, chunks=chunks, remap=area.labels.remap)
+    split = _split(area, labels, config)
+    return [
+        Region(
+            name=area.name,
+            date=date,
+            scene=_scene(items, geobox, chunks, config),
+            labels=labels,
+            split=split,
+            items=tuple(item.id for item in items),
+        )
+        for date, items in zip(area.datetime, found, strict=True)
+    ]
+
+
+def _label_source(area: AreaConfig) -> LabelSource:
+    values = area.labels.model_dump(exclude={"remap"})
+    if "raster" in values:
+        return RasterLabels(values.pop("raster"), **values)
+    return VectorLabels(values.pop("vector"), **values)
+
+
+def _scene(
+    items: Sequence[pystac.Item],
+    geobox: GeoBox,
+    chunks: tuple[tuple[int, ...], tuple[int, ...]],
+    config: TrainConfig,
+) -> xr.DataArray:
+    scene = compose(items, geobox, scene_spec(config), chunks, decide_offsets(items))
+    return scene.sel(band=list(config.channels))
+
+
+def _split(area: AreaConfig, labels: xr.DataArray, config: TrainConfig) -> xr.DataArray:
+    spec = split_spec(config)
+    if spec.by == "area":
+        return split_by_area(labels, str(area.split))
+    if spec.by == "geometries":
+        return split_by_geometries(labels, spec)
+    return split_by_blocks(labels, spec, config.legend.codes)
+
+
+def _chunks(geobox: GeoBox, dates: int, bands: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    side = _CHUNK
+    while side > 128 and side * side * dates * bands * 2 > _CHUNK_BYTES:
+        side //= 2
+    down, across = (tuple(b - a for a, b in pairwise([*range(0, n, side), n])) for n in geobox.shape)
+    return down, across
+
+
+def warn_of_empty_classes(counts: dict[str, dict[int, int]], config: TrainConfig) -> None:
+    """Warn of classes of the legend that no label has: the network cannot learn them."""
+    absent = [c.name for c in config.legend if not any(part[c.code] for part in counts.values())]
+    if absent:
+        warnings.warn(
+            f"no label is of class {', '.join(absent)}: the network will not know them", S2SegWarning, stacklevel=2
+        )

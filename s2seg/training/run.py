@@ -1,0 +1,240 @@
+"""From a configuration to a scored model: the stage calls, in order."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from s2seg.assess.scores import Scores
+from s2seg.errors import InputError, OutputError
+from s2seg.models.bundle import SPEC_FILE, ModelBundle, load_model, save_bundle
+from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.training.chips import ChipStore, open_chips, write_chips
+from s2seg.training.config import TrainConfig, load_config
+from s2seg.training.evaluate import Evaluation, Progress, _silent, baseline, evaluate, write_evaluation
+from s2seg.training.fit import FitResult, fit
+from s2seg.training.fit import Progress as FitProgress
+from s2seg.training.regions import Region, chip_spec, open_regions, split_spec, warn_of_empty_classes
+from s2seg.training.split_map import draw_split
+from s2seg.training.splits import PARTS, check_split
+from s2seg.training.tiles import write_tile_chips
+
+CONFIG_FILE = "config.yaml"
+CHIPS = "chips.zarr"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained model and how good it is.
+
+    Parameters
+    ----------
+    model
+        The bundle, in the output folder.
+    fitted
+        The course of the training.
+    test
+        Scores on the test part; None where the split has none.
+    """
+
+    model: ModelBundle
+    fitted: FitResult
+    test: Evaluation | None
+
+
+def prepare(
+    config: TrainConfig, path: str | Path, *, overwrite: bool = False, on_progress: Progress | None = None
+) -> tuple[list[Region], ChipStore]:
+    """Open the regions, and their chips; cut these if they are not there yet.
+
+    Parameters
+    ----------
+    config
+        What and where.
+    path
+        The chip store. One that was made from the same configuration is used as it is.
+    overwrite
+        Replace a store of another configuration.
+    on_progress
+        Called with (stage, done, total).
+
+    Raises
+    ------
+    S2SegError
+        If data are missing or do not fit, the split cannot teach, or the store is of another configuration.
+    """
+    path, report = Path(path), on_progress or _silent
+    fingerprint = config.fingerprint("data")
+    regions = open_regions(config, lambda done, total: report("search", done, total))
+    if path.exists() and not overwrite:
+        return regions, open_chips(path, fingerprint)
+    if config.tiles is not None:
+        return [], write_tile_chips(
+            config.tiles.images, config.tiles.labels, path, config.legend, chip_spec(config), bands=config.bands,
+            fingerprint=fingerprint, split=split_spec(config), colors=config.tiles.colors, remap=config.tiles.remap,
+            overwrite=overwrite, on_progress=lambda done, total: report("chips", done, total),
+        )  # fmt: skip
+    warn_of_empty_classes(check_split(regions, config.legend, split_spec(config).required), config)
+    chips = write_chips(
+        regions, path, config.legend, chip_spec(config), fingerprint=fingerprint, bands=config.channels,
+        overwrite=overwrite, on_progress=lambda done, total: report("chips", done, total),
+    )  # fmt: skip
+    return regions, chips
+
+
+def train(
+    config: TrainConfig,
+    output: str | Path,
+    *,
+    chips: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> TrainResult:
+    """Train a model and score it on the test part.
+
+    Writes a bundle (``model.json``, ``weights.safetensors``), ``config.yaml``, ``chips.zarr``, ``split.png``,
+    ``curves.png``, scores and pictures of the test part, ``checkpoints/`` and ``logs/``. The bundle appears last.
+
+    Parameters
+    ----------
+    config
+        From :func:`~s2seg.training.config.load_config`.
+    output
+        The folder; ``s2seg map --model`` takes it as it is.
+    chips
+        A chip store to share between trainings; by default one in ``output``.
+    resume
+        Go on with an interrupted training.
+    overwrite
+        Replace what is in ``output``.
+    on_progress
+        Called with (stage, done, total).
+
+    Raises
+    ------
+    S2SegError
+        A subclass that names what is wrong with the configuration, the data or the output folder.
+    """
+    folder, report = Path(output), on_progress or _silent
+    _check_folder(folder, config, resume, overwrite)
+    regions, store = prepare(config, chips or folder / CHIPS, overwrite=overwrite and not resume and chips is None,
+                             on_progress=on_progress)  # fmt: skip
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / CONFIG_FILE) as partial:
+            partial.write_text(config.to_yaml())
+    if regions:
+        draw_split(regions, folder / "split.png", config.legend, overwrite=True)
+
+    def step(progress: FitProgress) -> None:
+        done = (progress.epoch - 1) * progress.steps + progress.step
+        report(_stage(progress), done, progress.epochs * progress.steps)
+
+    fitted = fit(config, store, folder, resume=resume, on_progress=step)
+    from s2seg.assess.pictures import write_curves
+
+    write_curves(folder / "curves.png", fitted.history, config.name, overwrite=True)
+    scratch = folder / ".bundle"
+    try:
+        weights = fitted.network.state_dict()
+        model = save_bundle(scratch, fitted.spec, weights, overwrite=True)
+        test = None
+        if len(store.indices("test")):
+            test = evaluate(model, store, regions, part="test", on_progress=on_progress)
+            write_evaluation(test, folder, config.name)
+            spec = replace(fitted.spec, metrics={**fitted.spec.metrics, "test": _summary(test)})
+            model = save_bundle(scratch, spec, weights, overwrite=True)
+        with writing(folder):
+            for name in (model.spec.weights_file, SPEC_FILE):
+                (scratch / name).replace(folder / name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return TrainResult(load_model(folder), fitted, test)
+
+
+def _stage(progress: FitProgress) -> str:
+    if progress.row is None:
+        return f"train, epoch {progress.epoch} of {progress.epochs}"
+    return f"train, mean IoU {progress.row['val_mean_iou']:.3f}"
+
+
+def _check_folder(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    """Refuse to mix two trainings in one folder."""
+    check_writable(folder / SPEC_FILE, overwrite=True)
+    if resume or overwrite:
+        return
+    for name in (SPEC_FILE, "checkpoints"):
+        if (folder / name).exists():
+            raise OutputError(
+                str(folder), f"{name} is there already; pass --resume to go on, or --overwrite to replace"
+            )
+    if (folder / CONFIG_FILE).exists() and load_config(folder / CONFIG_FILE).fingerprint() != config.fingerprint():
+        raise OutputError(str(folder), "it holds another configuration's training; pass --overwrite to replace it")
+
+
+def _summary(evaluation: Evaluation) -> dict[str, object]:
+    scores: Scores = next(iter(evaluation.scores.values()))
+    return {
+        "overall_accuracy": scores.overall_accuracy,
+        "mean_iou": scores.mean_iou,
+        "kappa": scores.kappa,
+        "iou": dict(zip(scores.legend.names, np.asarray(scores.iou).tolist(), strict=True)),
+        "pixels": int(scores.support.sum()),
+    }
+
+
+def evaluate_model(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    chips: str | Path | None = None,
+    part: str = "test",
+    with_baseline: bool = False,
+    on_progress: Progress | None = None,
+) -> tuple[Evaluation, list[Path]]:
+    """Score a trained model again, beside a forest if asked, or on the places of another configuration.
+
+    Parameters
+    ----------
+    model
+        A folder that :func:`train` wrote, or any bundle with a ``config``.
+    output
+        Where scores and pictures go; by default the model's folder.
+    config
+        A configuration; by default the model's own.
+    overrides
+        For ``config``; see :func:`~s2seg.training.config.load_config`.
+    chips
+        Its chip store; by default the one in the model's folder, or one in ``output`` for another configuration.
+    part
+        Which part of the split.
+    with_baseline
+        Fit and score the per-pixel forest too.
+    on_progress
+        Called with (stage, done, total).
+
+    Raises
+    ------
+    S2SegError
+        If there is no configuration, or data are missing or do not fit.
+    """
+    bundle = load_model(model)
+    folder = Path(output or bundle.folder)
+    own = bundle.folder / CONFIG_FILE
+    if config is None and not own.is_file():
+        raise InputError(f"{bundle.folder} holds no {CONFIG_FILE}: pass --config with areas and labels to score it on")
+    if part not in PARTS:
+        raise InputError(f"there is no part {part!r}: choose {', '.join(PARTS)}")
+    settings = load_config(config or own, overrides)
+    store_path = chips or (bundle.folder if config is None else folder) / CHIPS
+    regions, store = prepare(settings, store_path, on_progress=on_progress)
+    forest = baseline(store, settings.fit.seed) if with_baseline else None
+    result = evaluate(bundle, store, regions, part=part, forest=forest, on_progress=on_progress)
+    return result, write_evaluation(result, folder, bundle.spec.name)
