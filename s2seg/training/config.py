@@ -35,7 +35,6 @@ from s2seg.training.sections import (
     TilesConfig,
     VectorLabelsConfig,
     check_season,
-    is_year,
 )
 
 __all__ = [
@@ -232,9 +231,6 @@ class TrainConfig(Section):
                 if area.split is None
                 else f"{where}.split: counts only with split.by: area, but that is {self.split.by}"
             )
-        for query in area.datetime if self.seasons else ():
-            if not is_year(query):
-                yield f"{where}.datetime: with seasons give a year such as 2020, not {query!r}"
 
     def _check_chips(self) -> Iterator[str]:
         stride = self.network.stride

@@ -37,8 +37,6 @@ from s2seg.sources.composite import DEFAULT_MASK, CompositeSpec, Method
 Part = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-_YEAR = re.compile(r"\d{4}")
-
 
 class Section(BaseModel):
     """Base of all sections: frozen, and a key that does not exist is an error."""
@@ -361,8 +359,3 @@ def check_season(text: str) -> str:
         if all(1 <= m <= 12 and 1 <= d <= days[m - 1] for m, d in (numbers[:2], numbers[2:])):
             return text
     raise ValueError(f"{text!r} is not a season: MM-DD/MM-DD, such as 06-01/08-31")
-
-
-def is_year(text: str) -> bool:
-    """Whether a datetime query is one year, which seasons can be counted in."""
-    return _YEAR.fullmatch(text) is not None

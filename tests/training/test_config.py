@@ -167,7 +167,6 @@ def test_fingerprints_change_with_what_they_stand_for(load):
         ("areas.0.split=train", "areas.0.split: counts only with split.by: area"),
         ("seasons={summer: 06-31/08-31}", "seasons.summer: '06-31/08-31' is not a season"),
         ("seasons={Summer: 06-01/08-31}", "seasons: 'Summer' is not one word"),
-        ("seasons={summer: 06-01/08-31}", "areas.0.datetime: with seasons give a year such as 2020, not '2020-08'"),
         ("areas=[]", "areas: give either areas or tiles"),
         ("tiles={images: a, labels: b}", "areas: give either areas or tiles, not both"),
         ("areas.0.catalog=${NOT_SET_ANYWHERE}", "areas.0.catalog: the environment has no NOT_SET_ANYWHERE; set it"),
