@@ -29,8 +29,8 @@ def keep_freed_memory() -> bool:
     ran at 1.1 to 1.6 Mpx/s with it and at 2.2 without (two cores, mobilenet_v2). One arena serves all threads, so that
     a buffer freed by one is there for the next.
 
-    What is touched for the first time comes in huge pages where torch allocates it (2 MiB per fault, not 4 KiB), if torch
-    has not allocated anything yet.
+    What is touched for the first time comes in huge pages where torch allocates it (2 MiB per fault, not 4 KiB), if
+    torch has not allocated anything yet.
 
     It holds for the whole process, reaches only threads that start later, and does nothing where malloc is not glibc's.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import warnings
@@ -159,6 +160,118 @@ def map_command(
         out.print(str(path), soft_wrap=True)
 
 
+@app.command("train")
+def train_command(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; --template prints one.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the model and all about it.")] = Path("model"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A value in place of the file's: fit.epochs=3. Repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="In place of fit.seed.")] = None,
+    chips: Annotated[Path | None, typer.Option(help="A chip store to share between trainings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier training.")] = False,
+    preview_only: Annotated[
+        bool, typer.Option("--preview", help="Draw augmented chips into preview.png, and stop.")
+    ] = False,
+    as_template: Annotated[bool, typer.Option("--template", help="Print a commented configuration, and stop.")] = False,
+) -> None:
+    """Train a model on scenes and labels, and score it on places it has not seen.
+
+    The output folder is the model: `s2seg map --model` takes it as it is.
+
+    Example: `s2seg train examples/alberta.yaml --output m/`
+    """
+    _needs("pydantic", "sklearn", "pytorch_lightning")
+    from s2seg.training.config import load_config
+    from s2seg.training.template import template
+
+    if as_template:
+        print(template(), end="")
+        return
+    if config is None:
+        raise InputError("name a configuration; s2seg train --template > train.yaml writes one to begin with")
+    overrides = [*(settings or []), *([f"fit.seed={seed}"] if seed is not None else [])]
+    loaded = load_config(config, overrides)
+    from s2seg.training.run import CHIPS, preview, train
+
+    with _progress() as report:
+        if preview_only:
+            path = preview(
+                loaded, output / "preview.png", chips=chips or output / CHIPS, overwrite=overwrite, on_progress=report
+            )
+        else:
+            result = train(loaded, output, chips=chips, resume=resume, overwrite=overwrite, on_progress=report)
+    if preview_only:
+        out.print(str(path), soft_wrap=True)
+        return
+    best = result.fitted.history[result.fitted.best_epoch - 1]
+    out.print(f"best epoch {result.fitted.best_epoch}: mean IoU {best['val_mean_iou']:.3f} of the validation part")
+    if result.test is not None:
+        _print_scores(result.test)
+    out.print(f"{result.model.path}  {result.model.sha256[:12]}", soft_wrap=True)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Option(help="A model; one that s2seg train wrote knows its own test part.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Areas and labels to score on [default: the model's own].")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="As for s2seg train. Repeatable.")] = None,
+    part: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Fit and score a per-pixel random forest on the same split.")
+    ] = False,
+    chips: Annotated[Path | None, typer.Option(help="The chip store [default: the model's own].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for scores and pictures [default: the model's].")] = None,
+) -> None:
+    """Score a model on a part of the split: one confusion matrix over all of its labelled pixels.
+
+    Example: `s2seg evaluate --model m/ --baseline`
+    """
+    _needs("pydantic", "sklearn", "pytorch_lightning")
+    from s2seg.training.run import evaluate_model
+
+    with _progress() as report:
+        result, written = evaluate_model(
+            model, output, config=config, overrides=settings or [], chips=chips, part=part, with_baseline=baseline,
+            on_progress=report,
+        )  # fmt: skip
+    _print_scores(result)
+    for path in written:
+        out.print(str(path), soft_wrap=True)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Option(help="A model bundle: a folder or an fsspec URL.")],
+    kind: Annotated[str, typer.Option(help="onnx, torchscript or openvino.")],
+    output: Annotated[Path, typer.Option(help="Where to write.")],
+    chips: Annotated[Path | None, typer.Option(help="Chip store to compare on [default: the model's own].")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Convert a model for other programs; refused unless it answers as torch does.
+
+    Example: `s2seg export --model m/ --kind onnx --output m-onnx/`
+    """
+    from s2seg.models.bundle import load_model
+    from s2seg.models.export import export_model
+
+    bundle = load_model(model)
+    store, images = chips or bundle.folder / "chips.zarr", None
+    if store.exists():
+        _needs("pydantic")
+        from s2seg.training.chips import open_chips
+
+        images = open_chips(store).images(slice(0, 8))
+    made = export_model(bundle, cast(Any, kind), output, chips=images, overwrite=overwrite)
+    out.print(
+        f"{made.path}  agrees with torch on {100 * made.agreement:.3f} % of pixels, probabilities within "
+        f"{made.max_difference:.1e}", soft_wrap=True,
+    )  # fmt: skip
+
+
 @models.command("show")
 def models_show(path: Annotated[str, typer.Argument(help="A model bundle: a folder or an fsspec URL.")]) -> None:
     """Print what a bundle holds: bands, scaling, legend, geometry, provenance."""
@@ -211,6 +324,28 @@ def models_import(
             overwrite=overwrite,
         )
     out.print(f"{bundle.path}  {bundle.spec.name}  {bundle.sha256[:12]}", soft_wrap=True)
+
+
+def _needs(*packages: str) -> None:
+    """Say which extra is missing, if one is."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"training needs {', '.join(missing)}: pip install 's2seg[train]'")
+
+
+def _print_scores(result: Any) -> None:
+    """One table: classes down, models across."""
+    scores = result.scores
+    table = Table("class", "pixels", title=f"IoU / precision / recall, {result.part} part", title_justify="left")
+    for name in scores:
+        table.add_column(name)
+    first = next(iter(scores.values()))
+    for i, name in enumerate(first.legend.names):
+        cells = [f"{s.iou[i]:.3f} / {s.precision[i]:.3f} / {s.recall[i]:.3f}" for s in scores.values()]
+        table.add_row(name, f"{first.support[i]:,}", *cells)
+    out.print(table)
+    for name, s in scores.items():
+        out.print(f"{name}: overall accuracy {s.overall_accuracy:.3f}, mean IoU {s.mean_iou:.3f}, kappa {s.kappa:.3f}")
 
 
 def _names(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +147,8 @@ def _of_regions(
         maps.append(dict(zip(names, lazy, strict=True)))
         asked = region.split == PARTS.index(part) + 1
         for name, prediction in maps[-1].items():
-            found = confusion_of(
-                region.labels, prediction, chips.legend, where=asked,
-                on_progress=lambda d, n, stage=f"{name}, {region.name} {region.date}": report(stage, d, n),
-            )  # fmt: skip
+            step = partial(report, f"{name}, {region.name} {region.date}")
+            found = confusion_of(region.labels, prediction, chips.legend, where=asked, on_progress=step)
             counts[name] = counts[name] + found if index else found
     places = [_place(chips, i, regions, maps) for i in _telling(chips, part)]
     return Evaluation(part, counts, places)
@@ -249,9 +248,9 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, title: str) -> 
     path = folder / f"scores_{part}.json"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
+        with replacing(path) as unfinished:
             text = json.dumps({name: scores.to_dict() for name, scores in evaluation.scores.items()}, indent=2)
-            partial.write_text(text + "\n")
+            unfinished.write_text(text + "\n")
     written = [path]
     for name, counts in evaluation.confusions.items():
         picture = folder / f"confusion_{part}_{name.lower()}.png"

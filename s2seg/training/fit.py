@@ -178,6 +178,7 @@ def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
         architecture={"name": network.architecture, "encoder": network.encoder, **network.arguments},
         stride=network.stride,
         depth=depth,
+        seasons=config.seasons,
         provenance=_provenance(config, chips),
     )
     if not pools_globally(build_network(spec).eval(), len(spec.bands)):

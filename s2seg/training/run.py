@@ -15,13 +15,14 @@ from s2seg.models.bundle import SPEC_FILE, ModelBundle, load_model, save_bundle
 from s2seg.outputs._files import check_writable, replacing, writing
 from s2seg.training.chips import ChipStore, open_chips, write_chips
 from s2seg.training.config import TrainConfig, load_config
+from s2seg.training.cutting import Place
 from s2seg.training.evaluate import Evaluation, Progress, _silent, baseline, evaluate, write_evaluation
 from s2seg.training.fit import FitResult, fit
 from s2seg.training.fit import Progress as FitProgress
 from s2seg.training.regions import Region, chip_spec, open_regions, split_spec, warn_of_empty_classes
 from s2seg.training.split_map import draw_split
 from s2seg.training.splits import PARTS, check_split
-from s2seg.training.tiles import write_tile_chips
+from s2seg.training.tiles import Tile, TileSpec, read_tiles
 
 CONFIG_FILE = "config.yaml"
 CHIPS = "chips.zarr"
@@ -72,18 +73,65 @@ def prepare(
     regions = open_regions(config, lambda done, total: report("search", done, total))
     if path.exists() and not overwrite:
         return regions, open_chips(path, fingerprint)
-    if config.tiles is not None:
-        return [], write_tile_chips(
-            config.tiles.images, config.tiles.labels, path, config.legend, chip_spec(config), bands=config.bands,
-            fingerprint=fingerprint, split=split_spec(config), colors=config.tiles.colors, remap=config.tiles.remap,
-            overwrite=overwrite, on_progress=lambda done, total: report("chips", done, total),
-        )  # fmt: skip
-    warn_of_empty_classes(check_split(regions, config.legend, split_spec(config).required), config)
+    places: Sequence[Place] = regions or _tiles(config)
+    warn_of_empty_classes(check_split(places, config.legend, split_spec(config).required), config)
     chips = write_chips(
-        regions, path, config.legend, chip_spec(config), fingerprint=fingerprint, bands=config.channels,
+        places, path, config.legend, chip_spec(config), fingerprint=fingerprint, bands=config.channels,
         overwrite=overwrite, on_progress=lambda done, total: report("chips", done, total),
     )  # fmt: skip
     return regions, chips
+
+
+def _tiles(config: TrainConfig) -> list[Tile]:
+    if config.tiles is None:
+        return []
+    spec = TileSpec(
+        Path(config.tiles.images), Path(config.tiles.labels), colors=config.tiles.colors, remap=config.tiles.remap
+    )
+    return read_tiles(spec, config.legend, config.bands, fractions=config.split.fractions, seed=config.split.seed)
+
+
+def preview(
+    config: TrainConfig,
+    path: str | Path,
+    *,
+    chips: str | Path,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Draw training chips beside augmented versions of them.
+
+    Parameters
+    ----------
+    config
+        What and where.
+    path
+        Where the PNG goes.
+    chips
+        The chip store; made if it is not there.
+    overwrite
+        Replace what stands at ``path``.
+    on_progress
+        Called with (stage, done, total).
+
+    Raises
+    ------
+    S2SegError
+        As :func:`prepare`.
+    """
+    from s2seg.training.augment import Augment, AugmentSpec
+    from s2seg.training.preview import write_preview
+
+    _, store = prepare(config, chips, on_progress=on_progress)
+    train = store.indices("train")
+    shown = np.sort(np.random.default_rng(config.fit.seed).permutation(train)[:6])
+    augment = Augment(
+        AugmentSpec(**config.augment.model_dump()), config.channels, store.histogram[train].sum(axis=0).tolist()
+    )
+    return write_preview(
+        path, store.images(shown), store.labels(shown), augment, config.legend, seed=config.fit.seed, rows=len(shown),
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 def train(
@@ -133,7 +181,7 @@ def train(
 
     def step(progress: FitProgress) -> None:
         done = (progress.epoch - 1) * progress.steps + progress.step
-        report(_stage(progress), done, progress.epochs * progress.steps)
+        report("train", done, progress.epochs * progress.steps)
 
     fitted = fit(config, store, folder, resume=resume, on_progress=step)
     from s2seg.assess.pictures import write_curves
@@ -155,12 +203,6 @@ def train(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return TrainResult(load_model(folder), fitted, test)
-
-
-def _stage(progress: FitProgress) -> str:
-    if progress.row is None:
-        return f"train, epoch {progress.epoch} of {progress.epochs}"
-    return f"train, mean IoU {progress.row['val_mean_iou']:.3f}"
 
 
 def _check_folder(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:

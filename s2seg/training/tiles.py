@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ import numpy.typing as npt
 import rasterio
 import xarray as xr
 from dask.base import tokenize
+from dask.delayed import delayed
+from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from s2seg.errors import InputError, S2SegWarning
 from s2seg.legend import Legend
-from s2seg.sources.label_codes import code_table, resolve, unknown
-from s2seg.training.splits import PARTS
+from s2seg.sources.label_codes import code_table, plain, resolve, unknown
+from s2seg.training.splits import PARTS, split_by_area
 
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -122,12 +126,20 @@ def _pairs(spec: TileSpec) -> list[tuple[str, str | None, Path, Path]]:
             f"no pairs: none of the {len(images)} images in {spec.images} has the name of one of the {len(masks)} "
             f"masks in {spec.labels} (looking for {', '.join(_SUFFIXES)})"
         )
-    for what, lonely in (("images without a mask", images.keys() - masks), ("masks without an image", masks - images.keys())):
+    for what, lonely in (
+        ("images without a mask", images.keys() - masks),
+        ("masks without an image", masks.keys() - images.keys()),
+    ):
         if lonely:
             more = ", ..." if len(lonely) > _LISTED else ""
             text = f"{len(lonely)} {what} are left out: {', '.join(sorted(lonely)[:_LISTED])}{more}"
             warnings.warn(text, S2SegWarning, stacklevel=4)
-    return [(name, *_part_of(name), images[name], masks[name]) for name in names]
+    return [(name, _part_of(name), images[name], masks[name]) for name in names]
+
+
+def _part_of(name: str) -> str | None:
+    """Part that the first sub-folder names."""
+    return _FOLDERS.get(name.partition("/")[0]) if "/" in name else None
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -137,8 +149,134 @@ def _files(folder: Path) -> dict[str, Path]:
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _SUFFIXES and path.is_file():
-            found[_name(path.relative_to(folder))].append(path)
+            found[path.relative_to(folder).with_suffix("").as_posix()].append(path)
     for name, paths in found.items():
         if len(paths) > 1:
             raise InputError(f"{folder}: {name} is there twice ({', '.join(p.name for p in paths)}); remove one")
     return {name: paths[0] for name, paths in found.items()}
+
+
+def _split(given: Sequence[str | None], fractions: tuple[float, float, float], seed: int) -> list[str]:
+    """Part of each tile: what its folder says, or else a draw over all tiles."""
+    if all(given):
+        return [str(part) for part in given]
+    if any(given):
+        raise InputError(
+            "some images lie in sub-folders train, validation, test and others do not: put all or none there"
+        )
+    edges = np.cumsum(fractions)[:-1] * len(given)
+    rank = np.random.default_rng(seed).permutation(len(given))
+    return [PARTS[int(np.searchsorted(edges, r, side="right"))] for r in rank]
+
+
+# -- pixels -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """How masks become legend codes."""
+
+    legend: Legend
+    colors: Mapping[int | str, int]
+    values: Mapping[int | str, int]
+
+    @classmethod
+    def of(cls, spec: TileSpec, legend: Legend) -> _Codes:
+        named = spec.colors or {c.color: c.code for c in legend} | {"#000000": None}
+        colors: dict[int | str, int] = {
+            _packed(color): resolve(legend, value, f"colors {color!r}") for color, value in named.items()
+        }
+        return cls(legend, colors, code_table(legend, spec.remap))
+
+    def translate(self, mask: npt.NDArray[Any], path: Path, nodata: float | None) -> npt.NDArray[np.uint8]:
+        """(band, y, x) of a mask -> (y, x) legend codes."""
+        if len(mask) >= 3:
+            packed = (mask[0].astype(np.int64) << 16) | (mask[1].astype(np.int64) << 8) | mask[2]
+            return self._look_up(packed, self.colors, path, "colors")
+        table = dict(self.values)
+        if nodata is not None:
+            table[plain(nodata)] = self.legend.nodata
+        return self._look_up(mask[0].astype(np.int64), table, path, "values")
+
+    def _look_up(
+        self, values: npt.NDArray[np.int64], table: Mapping[int | str, int], path: Path, what: str
+    ) -> npt.NDArray[np.uint8]:
+        seen, at = np.unique(values, return_inverse=True)
+        if lost := [int(v) for v in seen if int(v) not in table]:
+            raise unknown(str(path), [f"#{v:06x}" for v in lost] if what == "colors" else lost, self.legend, what)
+        return np.array([table[int(v)] for v in seen], np.uint8)[at].reshape(values.shape)
+
+
+def _packed(color: str) -> int:
+    if not re.fullmatch(r"#[0-9a-fA-F]{6}", str(color)):
+        raise InputError(f"tiles.colors: {color!r} is not of the form #rrggbb")
+    return int(color[1:], 16)
+
+
+def _tile(name: str, image: Path, mask: Path, part: str, codes: _Codes, bands: Sequence[str]) -> Tile:
+    shape = _check_pair(image, mask, bands)
+    token = tokenize(str(image), str(mask), image.stat().st_mtime_ns, mask.stat().st_mtime_ns, codes)
+    pixels = da.from_delayed(
+        delayed(_read_image, pure=True)(image, len(bands), dask_key_name=f"image-{token}"),
+        (len(bands), *shape),
+        np.uint16,
+    )
+    labels = da.from_delayed(
+        delayed(_read_mask, pure=True)(mask, codes, dask_key_name=f"mask-{token}"), shape, np.uint8
+    )
+    coords = {"y": np.arange(shape[0]) + 0.5, "x": np.arange(shape[1]) + 0.5}
+    truth = xr.DataArray(labels, dims=("y", "x"), coords=coords)
+    return Tile(
+        name=name,
+        scene=xr.DataArray(pixels, dims=("band", "y", "x"), coords=coords | {"band": list(bands)}),
+        labels=truth,
+        split=split_by_area(truth, part),
+        items=(name,),
+    )
+
+
+def _check_pair(image: Path, mask: Path, bands: Sequence[str]) -> tuple[int, int]:
+    with _open(image) as a, _open(mask) as b:
+        if a.shape != b.shape:
+            raise InputError(f"{image} has {a.shape} pixels, and its mask {mask} {b.shape}")
+        alpha = ColorInterp.alpha in a.colorinterp
+        if a.count - alpha != len(bands):
+            raise InputError(f"{image} has {a.count - alpha} bands, and {len(bands)} are named: {', '.join(bands)}")
+        if a.dtypes[0] not in ("uint8", "uint16"):
+            raise InputError(f"{image} holds {a.dtypes[0]}: convert it to Byte or UInt16 (reflectance x 10000)")
+        if not np.issubdtype(np.dtype(b.dtypes[0]), np.integer):
+            raise InputError(f"{mask} holds {b.dtypes[0]}, and classes are integers: gdal_translate -ot Byte")
+        if b.count >= 3 and b.dtypes[0] != "uint8":
+            raise InputError(f"{mask} has {b.count} bands of {b.dtypes[0]}: a coloured mask has three of uint8")
+        return int(a.height), int(a.width)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[rasterio.DatasetReader]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # pictures need no place
+            with rasterio.open(path) as dataset:
+                yield dataset
+    except RasterioError as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _read_image(path: Path, bands: int) -> npt.NDArray[np.uint16]:
+    with _open(path) as dataset:
+        data = dataset.read(list(range(1, bands + 1)))
+        missing = (data == dataset.nodata).any(axis=0) if dataset.nodata is not None else np.zeros(dataset.shape, bool)
+        if ColorInterp.alpha in dataset.colorinterp:
+            missing |= dataset.read(dataset.colorinterp.index(ColorInterp.alpha) + 1) == 0
+    if data.dtype == np.uint8:
+        scaled: npt.NDArray[np.uint16] = np.maximum(data.astype(np.uint32) * 10000 // 255, 1).astype(np.uint16)
+    else:
+        scaled = data.astype(np.uint16)
+    scaled[:, missing] = 0
+    return scaled
+
+
+def _read_mask(path: Path, codes: _Codes) -> npt.NDArray[np.uint8]:
+    with _open(path) as dataset:
+        data, nodata = dataset.read(), dataset.nodata
+    return codes.translate(data, path, nodata)
