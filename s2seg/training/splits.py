@@ -156,7 +156,7 @@ def assign(counts: npt.NDArray[np.int64], spec: SplitSpec) -> Parts:
 def _draw(blocks: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64], rng: np.random.Generator) -> Parts:
     best, least = np.zeros(len(blocks), np.uint8), None
     for _ in range(_DRAWS):
-        parts = _deal(blocks.sum(axis=1), fractions, rng.permutation(len(blocks)))
+        parts = deal(blocks.sum(axis=1), fractions, rng.permutation(len(blocks)))
         faults = _faults(blocks, parts, fractions)
         if least is None or faults < least:
             best, least = parts, faults
@@ -165,8 +165,23 @@ def _draw(blocks: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64], rng
     return best
 
 
-def _deal(pixels: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64], order: npt.NDArray[np.int64]) -> Parts:
-    """Give each block in turn to the part that lacks most; every part that is asked for gets one first."""
+def deal(pixels: npt.NDArray[np.int64], fractions: npt.NDArray[np.float64], order: npt.NDArray[np.int64]) -> Parts:
+    """Give each block in turn to the part that lacks most; every part that is asked for gets one first.
+
+    Parameters
+    ----------
+    pixels
+        (block,) int64: how much each block weighs.
+    fractions
+        (3,) float64: what train, validation and test ask for.
+    order
+        (block,) int64: a permutation.
+
+    Returns
+    -------
+    ndarray
+        (block,) uint8: codes of the parts.
+    """
     missing = fractions * pixels.sum()
     parts = np.zeros(len(pixels), np.uint8)
     first = [i for i in range(len(PARTS)) if fractions[i]]

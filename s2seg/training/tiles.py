@@ -23,8 +23,8 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from s2seg.errors import InputError, S2SegWarning
 from s2seg.legend import Legend
-from s2seg.sources.label_codes import code_table, plain, resolve, unknown
-from s2seg.training.splits import PARTS, split_by_area
+from s2seg.sources.label_codes import code_table, resolve, unknown
+from s2seg.training.splits import PARTS, deal, split_by_area
 
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -108,9 +108,9 @@ def read_tiles(
     """
     pairs = _pairs(spec)
     parts = _split([part for _, part, _, _ in pairs], fractions, seed)
+    codes = _Codes.of(spec, legend)
     return [
-        _tile(name, image, mask, part, _Codes.of(spec, legend), bands)
-        for (name, _, image, mask), part in zip(pairs, parts, strict=True)
+        _tile(name, image, mask, part, codes, bands) for (name, _, image, mask), part in zip(pairs, parts, strict=True)
     ]
 
 
@@ -133,7 +133,7 @@ def _pairs(spec: TileSpec) -> list[tuple[str, str | None, Path, Path]]:
         if lonely:
             more = ", ..." if len(lonely) > _LISTED else ""
             text = f"{len(lonely)} {what} are left out: {', '.join(sorted(lonely)[:_LISTED])}{more}"
-            warnings.warn(text, S2SegWarning, stacklevel=4)
+            warnings.warn(text, S2SegWarning, stacklevel=3)
     return [(name, _part_of(name), images[name], masks[name]) for name in names]
 
 
@@ -164,9 +164,9 @@ def _split(given: Sequence[str | None], fractions: tuple[float, float, float], s
         raise InputError(
             "some images lie in sub-folders train, validation, test and others do not: put all or none there"
         )
-    edges = np.cumsum(fractions)[:-1] * len(given)
-    rank = np.random.default_rng(seed).permutation(len(given))
-    return [PARTS[int(np.searchsorted(edges, r, side="right"))] for r in rank]
+    order = np.random.default_rng(seed).permutation(len(given))
+    parts = deal(np.ones(len(given), np.int64), np.array(fractions), order)
+    return [PARTS[code - 1] for code in parts]
 
 
 # -- pixels -----------------------------------------------------------------------------------------------------------
@@ -177,16 +177,17 @@ class _Codes:
     """How masks become legend codes."""
 
     legend: Legend
-    colors: Mapping[int | str, int]
-    values: Mapping[int | str, int]
+    colors: Mapping[int, int]
+    values: Mapping[int, int]
 
     @classmethod
     def of(cls, spec: TileSpec, legend: Legend) -> _Codes:
         named = spec.colors or {c.color: c.code for c in legend} | {"#000000": None}
-        colors: dict[int | str, int] = {
+        colors: dict[int, int] = {
             _packed(color): resolve(legend, value, f"colors {color!r}") for color, value in named.items()
         }
-        return cls(legend, colors, code_table(legend, spec.remap))
+        values = {value: code for value, code in code_table(legend, spec.remap).items() if isinstance(value, int)}
+        return cls(legend, colors, values)
 
     def translate(self, mask: npt.NDArray[Any], path: Path, nodata: float | None) -> npt.NDArray[np.uint8]:
         """(band, y, x) of a mask -> (y, x) legend codes."""
@@ -195,16 +196,22 @@ class _Codes:
             return self._look_up(packed, self.colors, path, "colors")
         table = dict(self.values)
         if nodata is not None:
-            table[plain(nodata)] = self.legend.nodata
+            table[int(nodata)] = self.legend.nodata
         return self._look_up(mask[0].astype(np.int64), table, path, "values")
 
     def _look_up(
-        self, values: npt.NDArray[np.int64], table: Mapping[int | str, int], path: Path, what: str
+        self, values: npt.NDArray[np.int64], table: Mapping[int, int], path: Path, what: str
     ) -> npt.NDArray[np.uint8]:
-        seen, at = np.unique(values, return_inverse=True)
-        if lost := [int(v) for v in seen if int(v) not in table]:
+        codes = np.full(values.shape, self.legend.nodata, np.uint8)
+        known = np.zeros(values.shape, bool)
+        for value, code in table.items():  # a few comparisons take less time than sorting millions of pixels
+            here = values == value
+            codes[here] = code
+            known |= here
+        if not known.all():
+            lost = np.unique(values[~known]).tolist()
             raise unknown(str(path), [f"#{v:06x}" for v in lost] if what == "colors" else lost, self.legend, what)
-        return np.array([table[int(v)] for v in seen], np.uint8)[at].reshape(values.shape)
+        return codes
 
 
 def _packed(color: str) -> int:

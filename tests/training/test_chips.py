@@ -15,7 +15,7 @@ import zarr
 from s2seg.errors import InputError, OutputError
 from s2seg.training.chips import ChipSpec, open_chips, write_chips
 from s2seg.training.cutting import cut, starts
-from s2seg.training.splits import PARTS
+from s2seg.training.splits import PARTS, check_split
 
 from .conftest import BANDS, make_area
 
@@ -229,3 +229,40 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(store_of, tmp_path, monkeypa
     with pytest.raises(OutputError, match="No space left on device; free some space"):
         store_of(make_area((300, 300)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.real_data
+def test_chips_of_a_real_scene(real_data, tmp_path):
+    """Alberta at 240 m: every labelled pixel outside the buffer is in some chip, once per part at most."""
+    from s2seg.training.config import TrainConfig
+    from s2seg.training.regions import chip_spec, open_regions
+
+    area = {"name": "alberta", "catalog": str(real_data / "alberta" / "catalog.json"), "datetime": "2020-08"}
+    config = TrainConfig(
+        name="alberta",
+        legend={
+            "name": "alberta",
+            "classes": [{"code": i, "name": str(i), "color": "#123456"} for i in (1, 2, 3, 4)],
+        },
+        bands=["green", "red", "nir08"],
+        resolution=240,
+        areas=[area | {"labels": {"raster": str(real_data / "alberta" / "labels" / "landcover_30m.tif")}}],
+        split={"by": "blocks", "block": 64, "buffer": 4},
+        chips={"size": 64, "stride": 32, "min_labelled": 0.0, "max_nodata": 1.0},
+    )
+    (region,) = open_regions(config)
+    check_split([region], config.legend)
+    chips = write_chips(
+        [region], tmp_path / "chips", config.legend, chip_spec(config), fingerprint="x", bands=config.bands
+    )
+    split, labels = region.split.values, region.labels.values
+    usable = (region.scene.values > 0).all(axis=0) & (labels > 0)
+    for code, part in enumerate(PARTS, 1):
+        seen = np.zeros(split.shape, np.uint8)
+        for i in chips.indices(part):
+            _, r, c = chips.origin[i]
+            view = seen[r : r + 64, c : c + 64]
+            np.copyto(view, chips.labels(i)[0][: view.shape[0], : view.shape[1]], where=view == 0)
+        np.testing.assert_array_equal(seen, np.where(usable & (split == code), labels, 0))
+    assert (chips.mean > 0.01).all()
+    assert (chips.mean < 0.5).all()
