@@ -1,4 +1,4 @@
-"""From nothing to a land-cover map: make a synthetic region, train a small U-Net in its west, map it all, score its east.
+"""From nothing to a land-cover map: synthesise a region, train a small U-Net in its west, map it all, score its east.
 
     python examples/demo.py [FOLDER] [--size 1024] [--epochs 4]
 

@@ -60,7 +60,7 @@ def test_the_readmes_python_tour_is_made_of_public_names() -> None:
 
 
 def test_the_demo_in_small(tmp_path: Path) -> None:
-    printed = script("demo.py", tmp_path / "demo", "--size", 384, "--steps", 4)
+    printed = script("demo.py", tmp_path / "demo", "--size", 384, "--epochs", 1)
     assert "overall accuracy" in printed
     assert (tmp_path / "demo" / "map" / "quicklook.png").stat().st_size > 10_000
 

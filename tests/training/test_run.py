@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import xarray as xr
+import yaml
+
+from s2seg import load_model, predict
+from s2seg.assess.confusion import confusion
+from s2seg.cli import main
+from s2seg.errors import InputError, OutputError
+from s2seg.testing import LEGEND, SyntheticRegion
+from s2seg.training.chips import open_chips
+from s2seg.training.config import TrainConfig, load_config
+from s2seg.training.regions import open_regions
+from s2seg.training.run import evaluate_model, train
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def write_config(region: SyntheticRegion, folder: Path, **changes: object) -> Path:
+    values = {
+        "legend": LEGEND.to_dict(),
+        "bands": ["blue", "green", "red", "nir"],
+        "areas": [
+            {
+                "name": "toy",
+                "catalog": str(region.catalog),
+                "datetime": "2021",
+                "labels": {"raster": str(region.truth)},
+            }
+        ],
+        "split": {"block": 64, "seed": 1},
+        "chips": {"size": 32, "stride": 32},
+        "network": {"arguments": {"encoder_depth": 2, "decoder_channels": [16, 8]}},
+        "fit": {"epochs": 2, "steps_per_epoch": 4, "batch_size": 4, "precision": "float32"},
+        "logs": ["csv"],
+    } | changes
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic: SyntheticRegion, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    folder = tmp_path_factory.mktemp("train")
+    config = load_config(write_config(synthetic, folder))
+    train(config, folder / "m")
+    return config, folder / "m"
+
+
+def test_training_ends_in_a_model_that_maps(
+    trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion, tmp_path: Path
+) -> None:
+    config, folder = trained
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"model.json", "weights.safetensors", "config.yaml", "split.png", "curves.png", "maps_test.png"}
+    assert not any(name.startswith(".") for name in names)
+    model = load_model(folder)
+    assert model.spec.bands == config.channels and model.spec.legend == LEGEND
+    assert set(model.spec.metrics) >= {"val_mean_iou", "test"} and model.spec.provenance["items"]
+    box = ",".join(map(str, synthetic.bbox))
+    where = ["--catalog", str(synthetic.catalog), "--aoi", box, "--datetime", "2021"]
+    assert main(["map", *where, "--model", str(folder), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_scores_are_those_of_the_map_on_the_unseen_pixels(trained: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, folder = trained
+    (region,) = open_regions(config)
+    mapped = predict(region.scene, load_model(folder)).land_cover.values
+    truth = np.where(region.split.values == 3, region.labels.values, LEGEND.nodata)
+    expected = confusion(truth.astype(np.uint8), mapped, LEGEND)
+    result, written = evaluate_model(folder, tmp_path, with_baseline=True)
+    np.testing.assert_array_equal(result.confusions["U-Net"].matrix, expected.matrix)
+    assert result.scores["forest"].overall_accuracy > 0.5
+    stored = json.loads((tmp_path / "scores_test.json").read_text())
+    assert set(stored) == {"U-Net", "forest"} and all(path.exists() for path in written)
+
+
+def test_training_sees_what_mapping_sees(trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion) -> None:
+    config, folder = trained
+    (region,) = open_regions(config)
+    chips = open_chips(folder / "chips.zarr", config.fingerprint("data"))
+    with rasterio.open(synthetic.truth) as raster:
+        truth = xr.DataArray(raster.read(1))
+    assert set(np.unique(region.labels.values)) <= set(np.unique(truth))
+    for i in chips.indices("train")[:5]:
+        _, row, col = chips.origin[i]
+        here = {"y": slice(row, row + 32), "x": slice(col, col + 32)}
+        np.testing.assert_array_equal(chips.images(int(i))[0], region.scene.isel(here).values)
+
+
+def test_a_folder_holds_one_training(
+    trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion, tmp_path: Path
+) -> None:
+    config, folder = trained
+    before = (folder / "model.json").read_bytes()
+    with pytest.raises(OutputError, match="--resume to go on, or --overwrite"):
+        train(config, folder)
+    other = load_config(write_config(synthetic, tmp_path, bands=["red", "nir"]))
+    with pytest.raises(InputError, match="another configuration"):
+        train(other, tmp_path / "m", chips=folder / "chips.zarr")
+    assert (folder / "model.json").read_bytes() == before
+    assert train(config, folder, resume=True).model.sha256 == load_model(folder).sha256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "name a configuration"),
+        (["train", "none.yaml"], "none.yaml"),
+        (["evaluate", "--model", "none"], "none"),
+        (["evaluate", "--model", "{model}", "--part", "east"], "no part 'east'"),
+        (["export", "--model", "{model}", "--kind", "coreml", "--output", "x"], "coreml"),
+    ],
+)
+def test_mistakes_are_one_line(
+    trained: tuple[TrainConfig, Path], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([a.replace("{model}", str(trained[1])) for a in arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+def test_the_template_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--template"]) == 0
+    assert "bands:" in capsys.readouterr().out
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["alberta", "mekong", "labelled", "flanders"])
+def test_the_examples_have_what_they_name(real_data: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("S2SEG_REAL_DATA", str(real_data))
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    for region in open_regions(config):
+        assert region.scene.sizes["band"] == len(config.channels)
+        assert region.scene.shape[1:] == region.labels.shape == region.split.shape
