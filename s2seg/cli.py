@@ -212,6 +212,44 @@ def train_command(
     out.print(f"{result.model.path}  {result.model.sha256[:12]}", soft_wrap=True)
 
 
+@app.command("tune")
+def tune_command(
+    config: Annotated[Path, typer.Argument(help="A training configuration: what all trials share.")],
+    output: Annotated[Path, typer.Option(help="Folder of the study; an interrupted one goes on.")],
+    trials: Annotated[int, typer.Option(min=1, help="How many trainings, those already done included.")] = 20,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Start no trial after this time.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="As for s2seg train. Repeatable.")] = None,
+) -> None:
+    """Search for a learning rate, loss mix, encoder, batch and chip size; best.yaml is what s2seg train takes next.
+
+    The test part is not looked at.
+
+    Example: `s2seg tune examples/alberta.yaml --output study/ --trials 20`
+    """
+    _needs("pydantic", "sklearn", "pytorch_lightning")
+    from s2seg.training.config import load_config
+    from s2seg.training.run import prepare
+    from s2seg.training.tune import tune
+
+    loaded = load_config(config, settings or [])
+    with _progress() as report:
+        result = tune(
+            loaded,
+            lambda wanted: prepare(wanted, output / f"chips-{wanted.chips.size}.zarr", on_progress=report)[1],
+            output,
+            trials=trials,
+            timeout=None if minutes is None else 60 * minutes,
+            on_progress=lambda number, p: report(
+                f"trial {number}", (p.epoch - 1) * p.steps + p.step, p.epochs * p.steps
+            ),
+        )
+    table = Table("trial", "state", "mean IoU", "settings")
+    for trial in result.trials:
+        score = "-" if trial.score is None else f"{trial.score:.3f}"
+        table.add_row(str(trial.number), trial.state, score, ", ".join(f"{k}={v}" for k, v in trial.settings.items()))
+    out.print(table, f"best: trial {result.best.number}, {output / 'best.yaml'}", soft_wrap=True)
+
+
 @app.command("evaluate")
 def evaluate_command(
     model: Annotated[str, typer.Option(help="A model; one that s2seg train wrote knows its own test part.")],
