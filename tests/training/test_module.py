@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from s2seg.assess.confusion import confusion
 from s2seg.assess.scores import Scores
 from s2seg.models import ModelSpec, build_network
 from s2seg.training.augment import Augment, AugmentSpec
+from s2seg.training.data import Feed
 from s2seg.training.losses import build_loss
 from s2seg.training.module import Descent, SegmentationModule
 from tests.models.conftest import network_input
@@ -62,9 +64,10 @@ def test_validation_is_one_matrix_over_all_pixels():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    parts = [batch_of(images[s], labels[s]) for s in (slice(0, 2), slice(2, 3), slice(3, 5))]
+    store = SimpleNamespace(images=images.__getitem__, labels=labels.__getitem__)
+    feed = Feed(store, lambda _: [np.array([0, 1]), np.array([2]), np.array([3, 4])], lambda: 0)
     with pytest.warns(FutureWarning, match="LeafSpec"):  # fit() silences it
-        (logged,) = trainer.validate(module, [parts], verbose=False)
+        (logged,) = trainer.validate(module, feed, verbose=False)
     with torch.no_grad():
         predicted = np.array(LEGEND.codes, np.uint8)[module(torch.from_numpy(images)).argmax(1).numpy()]
     truth = np.where((images == 0).any(1), LEGEND.nodata, labels)
