@@ -112,8 +112,8 @@ def fit(
         Go on after the last whole epoch of a training that was interrupted, at any moment and in any way; the result
         is that of a training without interruption, to the bit on a CPU.
     on_progress
-        Called after every batch and at the end of every epoch; may raise to end the training. With several devices it
-        is called in a process of its own and must be picklable.
+        Called after every batch and at the end of every epoch; may raise to end the training. Not called where several
+        devices train in processes of their own.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def fit(
     loggers = _loggers(config, folder)
     with _reproducible(), _quiet():
         module, data = _module(config, chips)
-        recorder = _Recorder(config, folder / LOGS, data, on_progress)
+        recorder = _Recorder(config, folder / LOGS, data, on_progress if config.fit.devices == 1 else None)
         keeper = BestAndLast((folder / FOLDER).absolute(), config.fit.patience)
         start = _last_checkpoint(config, keeper.folder, resume)
         if start is None or not _is_over(config, keeper, start):
@@ -290,8 +290,9 @@ def _machine(config: TrainConfig) -> dict[str, Any]:
     return {
         "accelerator": kind,
         "devices": settings.devices,
-        # encoders of less than full depth keep layers that nothing passes through
-        "strategy": "ddp_find_unused_parameters_true" if settings.devices > 1 else "auto",
+        # spawned, because the other way starts the whole command again in every process, with all that it writes;
+        # unused, because encoders of less than full depth keep layers that nothing passes through
+        "strategy": "ddp_spawn_find_unused_parameters_true" if settings.devices > 1 else "auto",
         "precision": _PRECISIONS[precision],
         # a GPU has no deterministic form of cross entropy over pixels
         "deterministic": kind == "cpu",
@@ -354,7 +355,7 @@ class _Recorder(pl.Callback):
             "seconds": time.perf_counter() - self._started,
             "data_wait": self._data.waited - self._waited,
         }
-        pl_module.log_dict(facts)
+        pl_module.log_dict(facts, sync_dist=True)
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **scores, **facts}
         self.history.append(row)
         if trainer.is_global_zero and self._csv is not None:

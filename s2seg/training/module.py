@@ -168,8 +168,8 @@ class SegmentationModule(pl.LightningModule):
         counts = self.trainer.strategy.reduce(self._counts.clone(), reduce_op="sum")
         self.scores = Scores(Confusion(self.spec.legend, counts.cpu().numpy()))
         mean_iou = self.scores.mean_iou
-        self.log("val_mean_iou", mean_iou)
-        self.log("val_accuracy", self.scores.overall_accuracy)
+        self.log("val_mean_iou", mean_iou, sync_dist=True)
+        self.log("val_accuracy", self.scores.overall_accuracy, sync_dist=True)
         if self._plateau is not None:
             self._plateau.step(mean_iou)
 
