@@ -7,6 +7,7 @@ from these: a pixel does not depend on the chunks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ _PARTS = 64
 
 _PIXELS = Affine(1, 0, 1, 0, -1, 0)
 """Where features are burned: pixels as units, y up, x from 1 (GDAL takes a mere flip for "no position at all")."""
+
+
+_one_at_a_time = threading.Lock()  # two threads in the vector libraries at once have crashed
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class VectorOnGrid:
         out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dtype=np.uint8)
         for top, of_rows, to_rows in _blocks(rows):
             for left, of_cols, to_cols in _blocks(cols):
-                out[to_rows, to_cols] = self._burn(top, left)[of_rows, of_cols]
+                with _one_at_a_time:
+                    out[to_rows, to_cols] = self._burn(top, left)[of_rows, of_cols]
         return out
 
     def _burn(self, top: int, left: int) -> npt.NDArray[np.uint8]:
