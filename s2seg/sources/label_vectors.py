@@ -149,6 +149,8 @@ class VectorOnGrid:
         if lost:
             raise unknown(self.source.href, lost, self.legend)
         shapes = self._to_pixels(np.asarray(frame.geometry.array), top, left)
+        # GDAL has written past the array when a feature reached far beyond it, so only what is near gets there
+        shapes = shapely.clip_by_rect(shapes, -1, -_BLOCK - 2, _BLOCK + 3, 2)
         burns = [(shapes[i], self.values[values[i]]) for i in self._order(values) if not shapes[i].is_empty]
         out = np.full((_BLOCK, _BLOCK), self.legend.nodata, dtype=np.uint8)
         if burns:
