@@ -29,7 +29,7 @@ _CHUNK_BYTES = 384 * 2**20
 
 _THREADS = 2
 
-_LIBRARIES_BYTES = (750 + GDAL_ENV["GDAL_CACHEMAX"]) * 2**20
+_LIBRARIES_BYTES = 750 * 2**20 + GDAL_ENV["GDAL_CACHEMAX"]
 
 _NETWORK_BYTES_PER_PIXEL = 800  # of a window, measured for a U-Net with mobilenet_v2 in float32
 

@@ -49,7 +49,7 @@ GDAL_ENV: dict[str, Any] = {
     "VSI_CACHE": True,
     "VSI_CACHE_SIZE": 5_000_000,
     # decoded blocks kept for the neighbouring chunk; GDAL's own default, 5 % of all memory, grows with the machine
-    "GDAL_CACHEMAX": 256,
+    "GDAL_CACHEMAX": 256 * 2**20,
 }
 """GDAL settings for reading: bounded memory, retries on throttling, no directory listings."""
 
