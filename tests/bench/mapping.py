@@ -131,7 +131,10 @@ def _plain_windows(hrefs: list[str], grid: GeoBox) -> None:
             else:
                 band[:] = dataset.read(1, window=at).repeat(factor, 0).repeat(factor, 1)[:height, :width]
 
-    with rasterio.Env(GDAL_CACHEMAX=256 * 2**20, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), ThreadPoolExecutor(THREADS) as pool:
+    with (
+        rasterio.Env(GDAL_CACHEMAX=256 * 2**20, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
         steps = [(r, c) for r in range(0, grid.shape[0], BLOCK) for c in range(0, grid.shape[1], BLOCK)]
         list(pool.map(one, *zip(*steps, strict=True)))
 
