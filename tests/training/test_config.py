@@ -50,7 +50,7 @@ def test_a_short_file_is_enough(load, tmp_path):
 
 
 def test_values_take_the_forms_that_people_write(load, tmp_path, monkeypatch):
-    monkeypatch.setenv("S2SEG_TEST_DATA", "/mnt/s2")
+    monkeypatch.setenv("S2SEG_TEST_DATA", "/data/s2")
     (tmp_path / "runs" / "own.yaml").write_text(yaml.safe_dump(BUILTIN["esri"].to_dict()))
     config = load(
         "areas.0.datetime=[2020, 2021]",
@@ -65,7 +65,7 @@ def test_values_take_the_forms_that_people_write(load, tmp_path, monkeypatch):
         chips={"size": 136, "sizes": [256], "drop_only": ["water"]},
     )
     area = config.areas[0]
-    assert (area.datetime, area.catalog) == (("2020", "2021"), "/mnt/s2/north/catalog.json")
+    assert (area.datetime, area.catalog) == (("2020", "2021"), "/data/s2/north/catalog.json")
     assert (area.aoi, config.optimizer.learning_rate) == ((1, 2, 3, 4.5), 0.01)
     assert area.labels == VectorLabelsConfig(
         vector=str(tmp_path / "runs/a.gpkg"), column="class", remap={7: "water", "forest": None}
