@@ -7,7 +7,6 @@ from these: a pixel does not depend on the chunks.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,9 +37,6 @@ _PARTS = 64
 
 _PIXELS = Affine(1, 0, 1, 0, -1, 0)
 """Where features are burned: pixels as units, y up, x from 1 (GDAL takes a mere flip for "no position at all")."""
-
-
-_one_at_a_time = threading.Lock()  # two threads in the vector libraries at once have crashed
 
 
 @dataclass(frozen=True)
@@ -136,8 +132,7 @@ class VectorOnGrid:
         out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dtype=np.uint8)
         for top, of_rows, to_rows in _blocks(rows):
             for left, of_cols, to_cols in _blocks(cols):
-                with _one_at_a_time:
-                    out[to_rows, to_cols] = self._burn(top, left)[of_rows, of_cols]
+                out[to_rows, to_cols] = self._burn(top, left)[of_rows, of_cols]
         return out
 
     def _burn(self, top: int, left: int) -> npt.NDArray[np.uint8]:
@@ -149,8 +144,6 @@ class VectorOnGrid:
         if lost:
             raise unknown(self.source.href, lost, self.legend)
         shapes = self._to_pixels(np.asarray(frame.geometry.array), top, left)
-        # GDAL has written past the array when a feature reached far beyond it, so only what is near gets there
-        shapes = shapely.clip_by_rect(shapes, -1, -_BLOCK - 2, _BLOCK + 3, 2)
         burns = [(shapes[i], self.values[values[i]]) for i in self._order(values) if not shapes[i].is_empty]
         out = np.full((_BLOCK, _BLOCK), self.legend.nodata, dtype=np.uint8)
         if burns:

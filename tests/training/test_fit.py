@@ -111,7 +111,9 @@ def test_survives_kill_9(chips, whole, tmp_path):
     )
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", code, str(chips.path), str(tmp_path)]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+    # a cluster in an earlier test leaves OMP_NUM_THREADS=1 behind, and then sums would round differently
+    environ = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
+    with subprocess.Popen(command, cwd=root, env=environ, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
         os.kill(process.pid, signal.SIGKILL)
