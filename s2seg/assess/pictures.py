@@ -1,7 +1,6 @@
 """Pictures of how good a map is: the confusion matrix, learning curves, and maps beside the truth.
 
-They share the look of :mod:`s2seg.outputs.quicklook`: placed in inches from the top left corner, without pyplot. This
-module loads matplotlib; import it where a picture is drawn.
+This module loads matplotlib; import it where a picture is drawn.
 """
 
 from __future__ import annotations
@@ -17,22 +16,36 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.textpath import TextPath
+from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
 from s2seg.assess.confusion import Confusion
 from s2seg.assess.scores import Scores
 from s2seg.errors import InputError
 from s2seg.legend import Legend
-from s2seg.outputs._files import check_writable, replacing, writing
-from s2seg.outputs.quicklook import _FAINT, _INK, _colored, _fit, _Page, _Panel, _rgb
+from s2seg.outputs._files import check_writable
+from s2seg.outputs._page import (
+    BLANK,
+    EDGE,
+    FAINT,
+    INK,
+    MARGIN,
+    Head,
+    Image,
+    Key,
+    Page,
+    Swatch,
+    colored,
+    fit,
+    scene_image,
+    text_width,
+)
 
 Codes = npt.NDArray[np.uint8]
 Color = tuple[float, float, float]
 
-_MARGIN, _GAP = 0.35, 0.1
-_TITLE, _LINE = 0.27, 0.16  # heights of a line of the title and of the text below it
-_CORRECT = (212, 212, 212)
+_GAP = 0.1
+_CORRECT = 212  # grey
 _RIGHT, _WRONG = (0.07, 0.36, 0.62), (0.78, 0.24, 0.05)
 _SIDE = 1.9  # of a panel
 _CELL = 0.62
@@ -78,34 +91,34 @@ def write_confusion(path: str | Path, confusion: Confusion, title: str, *, overw
     scores = Scores(confusion)
     shown = np.flatnonzero(confusion.matrix.sum(axis=0) + confusion.matrix.sum(axis=1))
     names = [textwrap.wrap(confusion.legend.names[i], 24) or [""] for i in shown]
-    lengths = [max(_width(line) for line in name) for name in names]
-    left = _MARGIN + 0.3 + max(_width("precision"), *lengths)
+    lengths = [max(text_width(line) for line in name) for name in names]
+    left = MARGIN + 0.3 + max(text_width("precision"), *lengths)
     slanted = [0.3 + (length + 0.15 * len(name)) * math.sqrt(0.5) for length, name in zip(lengths, names, strict=True)]
     subtitle = (
         f"Overall accuracy {scores.overall_accuracy:.3f}, mean IoU {scores.mean_iou:.3f}, kappa {scores.kappa:.3f}. "
         "Rows: the truth. Columns: the map. Percent of the row, and pixels."
     )
     reach = max((k + 0.5) * _CELL + length for k, length in enumerate(slanted))
-    width = left + max(_CELL * (len(shown) + 2) + 0.15, reach) + _MARGIN
-    head = _Head(title, subtitle, width)
+    width = left + max(_CELL * (len(shown) + 2) + 0.15, reach) + MARGIN
+    head = Head(title, subtitle, width)
     top = head.height + max(slanted)
-    page = _Page(width, top + _CELL * len(shown) + 0.12 + 0.25 + _MARGIN)
+    page = Page(width, top + _CELL * len(shown) + 0.12 + 0.25 + MARGIN)
     head.draw(page)
     _matrix(page, scores, shown, left, top)
     _matrix_names(page, confusion.legend, shown, names, left, top)
     _matrix_margins(page, scores, shown, left, top)
-    return _save(page, path)
+    return page.save(path)
 
 
-def _matrix(page: _Page, scores: Scores, shown: npt.NDArray[np.intp], left: float, top: float) -> None:
+def _matrix(page: Page, scores: Scores, shown: npt.NDArray[np.intp], left: float, top: float) -> None:
     matrix = scores.confusion.matrix[np.ix_(shown, shown)]
     for (i, j), count in np.ndenumerate(matrix):
         support = int(matrix[i].sum())
         share = count / support if support else 0.0
         red, green, blue = _shade(_RIGHT if i == j else _WRONG, share**0.6)  # faint shares would all look white
         x, y = left + j * _CELL, top + i * _CELL
-        page.box(x, y, _CELL, _CELL, _hex((red, green, blue)), "#dddddd")
-        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else _INK if count else "#bbbbbb"
+        page.box(x, y, _CELL, _CELL, to_hex((red, green, blue)), "#dddddd")
+        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else INK if count else "#bbbbbb"
         text = _percent(share) if support else "–"
         centre: dict[str, Any] = {"ha": "center", "va": "center", "color": ink}
         page.text(x + _CELL / 2, y + _CELL * (0.4 if count else 0.5), text, size=9.5 if count else 8, **centre)
@@ -114,22 +127,22 @@ def _matrix(page: _Page, scores: Scores, shown: npt.NDArray[np.intp], left: floa
 
 
 def _matrix_names(
-    page: _Page, legend: Legend, shown: npt.NDArray[np.intp], names: list[list[str]], left: float, top: float
+    page: Page, legend: Legend, shown: npt.NDArray[np.intp], names: list[list[str]], left: float, top: float
 ) -> None:
     for k, (i, lines) in enumerate(zip(shown, names, strict=True)):
         middle = top + (k + 0.5) * _CELL
-        page.box(left - 0.2, middle - 0.1, 0.12, 0.2, legend.colors[i], "#999999")
+        page.box(left - 0.2, middle - 0.1, 0.12, 0.2, legend.colors[i], EDGE)
         page.text(left - 0.28, middle, "\n".join(lines), ha="right", va="center")
-        page.box(left + (k + 0.5) * _CELL - 0.1, top - 0.18, 0.2, 0.1, legend.colors[i], "#999999")
+        page.box(left + (k + 0.5) * _CELL - 0.1, top - 0.18, 0.2, 0.1, legend.colors[i], EDGE)
         page.text(
             left + (k + 0.5) * _CELL, top - 0.24, "\n".join(lines), rotation=45, rotation_mode="anchor", va="baseline",
             linespacing=0.95,
         )  # fmt: skip
 
 
-def _matrix_margins(page: _Page, scores: Scores, shown: npt.NDArray[np.intp], left: float, top: float) -> None:
+def _matrix_margins(page: Page, scores: Scores, shown: npt.NDArray[np.intp], left: float, top: float) -> None:
     bottom, right = top + _CELL * len(shown), left + _CELL * len(shown) + 0.15
-    faint: dict[str, Any] = {"color": _FAINT, "ha": "center", "va": "center"}
+    faint: dict[str, Any] = {"color": FAINT, "ha": "center", "va": "center"}
     for k, i in enumerate(shown):
         middle = (k + 0.5) * _CELL
         page.text(right + _CELL / 2, top + middle, _score(scores.iou[i]), **faint)
@@ -137,7 +150,7 @@ def _matrix_margins(page: _Page, scores: Scores, shown: npt.NDArray[np.intp], le
         page.text(left + middle, bottom + 0.2, _percent(float(scores.precision[i])), **faint)
     for k, name in enumerate(("IoU", "pixels")):
         page.text(right + (k + 0.5) * _CELL, bottom + 0.2, name, **faint)
-    page.text(left - 0.28, bottom + 0.2, "precision", ha="right", va="center", color=_FAINT)
+    page.text(left - 0.28, bottom + 0.2, "precision", ha="right", va="center", color=FAINT)
 
 
 # -- learning curves --------------------------------------------------------------------------------------------------
@@ -183,32 +196,31 @@ def write_curves(
     at = None if np.isnan(best).all() else int(np.nanargmax(best))
     subtitle = "" if at is None else f"Best mean IoU {best[at]:.3f} after epoch {epochs[at]:g}"
 
-    head = _Head(title, subtitle, 10.0)
-    page = _Page(10.0, head.height + 3.75)
+    head = Head(title, subtitle, 10.0)
+    page = Page(10.0, head.height + 3.75)
     head.draw(page)
     for k, (label, chosen) in enumerate((("Loss", losses), ("Validation scores", scores))):
         axes = _axes(page, 0.7 + k * 4.75, head.height + 0.3, 4.1, 2.8)
-        axes.set_title(label, loc="left", size=9.5, color=_INK)
+        axes.set_title(label, loc="left", size=9.5, color=INK)
         for color, key in zip(_cycle(len(chosen)), chosen, strict=True):
             axes.plot(epochs, _column(history, key), color=color, lw=1.6, marker="o", ms=2.6, label=_curve_name(key))
         if at is not None:
-            axes.axvline(epochs[at], color="#999999", lw=0.9, ls=(0, (4, 3)), zorder=0)
+            axes.axvline(epochs[at], color=EDGE, lw=0.9, ls=(0, (4, 3)), zorder=0)
         if chosen:
-            axes.legend(fontsize=8, frameon=False, labelcolor=_INK)
+            axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     if at is not None:
-        axes.plot(epochs[at], best[at], "o", ms=8, mfc="none", mec=_INK, mew=1.2)
-    return _save(page, path)
+        axes.plot(epochs[at], best[at], "o", ms=8, mfc="none", mec=INK, mew=1.2)
+    return page.save(path)
 
 
-def _axes(page: _Page, x: float, y: float, width: float, height: float) -> Axes:
-    place = (x / page.width, 1 - (y + height) / page.height, width / page.width, height / page.height)
-    axes: Axes = page.figure.add_axes(place)
+def _axes(page: Page, x: float, y: float, width: float, height: float) -> Axes:
+    axes = page.axes(x, y, width, height)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(labelsize=8, colors=_FAINT)
+    axes.spines[["left", "bottom"]].set_color(EDGE)
+    axes.tick_params(labelsize=8, colors=FAINT)
     axes.grid(axis="y", color="#e5e5e5", lw=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("epoch", size=8.5, color=_FAINT)
+    axes.set_xlabel("epoch", size=8.5, color=FAINT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return axes
 
@@ -296,27 +308,24 @@ def write_comparison(
     models = list(rows[0].predictions)
     errors = ["Errors"] if len(models) == 1 else [f"Errors of {name}" for name in models]
     columns = ["Image", "Labels", *models, *errors]
-    sizes = [_fit(row.truth.shape[1] / row.truth.shape[0], _SIDE, _SIDE) for row in rows]
+    sizes = [fit(row.truth.shape[1] / row.truth.shape[0], _SIDE, _SIDE) for row in rows]
     cell = max(width for width, _ in sizes) + _GAP
-    width = max(2 * _MARGIN + cell * len(columns) - _GAP, 5.5)
-    head = _Head(title, subtitle, width)
-    entries = _classes_in(rows, legend)
+    width = max(2 * MARGIN + cell * len(columns) - _GAP, 5.5)
+    head = Head(title, subtitle, width)
+    key = Key(_classes_in(rows, legend), width - 2 * MARGIN)
     heights = [height + 0.34 for _, height in sizes]
-    lines = _flow(entries, width - 2 * _MARGIN)
     headers = [textwrap.wrap(name, int(cell / 0.088)) or [""] for name in columns]
     top = head.height + 0.1 + 0.16 * max(map(len, headers))
-    page = _Page(width, top + sum(heights) + 0.24 * (1 + max(line for line, _ in lines)) + _MARGIN)
+    page = Page(width, top + sum(heights) + key.height + MARGIN)
     head.draw(page)
     for k, header in enumerate(headers):
-        page.text(_MARGIN + k * cell, top - 0.08, "\n".join(header), size=9, va="bottom", weight="bold")
+        page.text(MARGIN + k * cell, top - 0.08, "\n".join(header), size=9, va="bottom", weight="bold")
     y = top
     for row, size, height in zip(rows, sizes, heights, strict=True):
         _comparison_row(page, row, legend, y, size, cell)
         y += height
-    for (line, x), (name, color) in zip(lines, entries, strict=True):
-        page.box(_MARGIN + x, y + 0.06 + line * 0.24, 0.24, 0.15, color, "#999999")
-        page.text(_MARGIN + x + 0.32, y + 0.135 + line * 0.24, name, va="center")
-    return _save(page, path)
+    key.draw(page, MARGIN, y)
+    return page.save(path)
 
 
 def _check_rows(rows: Sequence[Comparison]) -> None:
@@ -333,21 +342,21 @@ def _check_rows(rows: Sequence[Comparison]) -> None:
 
 
 def _comparison_row(
-    page: _Page, row: Comparison, legend: Legend, y: float, size: tuple[float, float], cell: float
+    page: Page, row: Comparison, legend: Legend, y: float, size: tuple[float, float], cell: float
 ) -> None:
     predictions = row.predictions.values()
-    images = [_image(row.image), *(_colored(codes, legend) for codes in (row.truth, *predictions))]
+    images = [_image(row.image), *(colored(codes, legend) for codes in (row.truth, *predictions))]
     marked = [_errors(row.truth, codes, legend) for codes in predictions]
     for k, image in enumerate([*images, *(image for image, _ in marked)]):
-        page.image(_MARGIN + k * cell, y, _Panel(image, "", 0, 0, *size))
-    page.text(_MARGIN, y + size[1] + 0.06, row.caption, size=7.5, color=_FAINT)
+        page.image(MARGIN + k * cell, y, *size, image)
+    page.text(MARGIN, y + size[1] + 0.06, row.caption, size=7.5, color=FAINT)
     for k, (_, share) in enumerate(marked, len(images)):
         text = "nothing to compare" if math.isnan(share) else f"{100 * share:.1f} % right"
-        page.text(_MARGIN + k * cell, y + size[1] + 0.06, text, size=7.5, color=_FAINT)
+        page.text(MARGIN + k * cell, y + size[1] + 0.06, text, size=7.5, color=FAINT)
 
 
-def _image(image: xr.DataArray | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    return _rgb(_one_season(image))[0] if isinstance(image, xr.DataArray) else image
+def _image(image: xr.DataArray | npt.NDArray[np.uint8]) -> Image:
+    return scene_image(_one_season(image))[0] if isinstance(image, xr.DataArray) else image
 
 
 def _one_season(image: xr.DataArray) -> xr.DataArray:
@@ -362,69 +371,26 @@ def _one_season(image: xr.DataArray) -> xr.DataArray:
 def _errors(truth: Codes, predicted: Codes, legend: Legend) -> tuple[npt.NDArray[np.uint8], float]:
     """Picture of the errors, and the share of the comparable pixels that is right."""
     comparable, right = (truth != legend.nodata) & (predicted != legend.nodata), truth == predicted
-    image = _colored(predicted, legend)
+    image = colored(predicted, legend)
     image[right] = _CORRECT
-    image[~comparable] = 255
+    image[~comparable] = BLANK
     return image, float(right[comparable].mean()) if comparable.any() else math.nan
 
 
-def _classes_in(rows: Sequence[Comparison], legend: Legend) -> list[tuple[str, str]]:
-    """Names and colours for the bottom of the page."""
+def _classes_in(rows: Sequence[Comparison], legend: Legend) -> list[Swatch]:
+    """What the colours of the page mean."""
     present = set(np.unique(np.concatenate([c.ravel() for r in rows for c in (r.truth, *r.predictions.values())])))
-    entries = [(c.name, c.color) for c in legend if c.code in present]
-    entries.append(("right", _hex(tuple(v / 255 for v in _CORRECT))))
-    return [*entries, ("no data", "white")] if legend.nodata in present else entries
+    swatches = [Swatch(c.name, c.color) for c in legend if c.code in present]
+    swatches.append(Swatch("right", to_hex(str(_CORRECT / 255))))
+    return [*swatches, Swatch("no data", "white")] if legend.nodata in present else swatches
 
 
-def _flow(entries: Sequence[tuple[str, str]], width: float) -> list[tuple[int, float]]:
-    """Line and position of each entry, left to right, as many to a line as fit."""
-    places, line, x = [], 0, 0.0
-    for name, _ in entries:
-        needed = 0.32 + _width(name)
-        if x and x + needed > width:
-            line, x = line + 1, 0.0
-        places.append((line, x))
-        x += needed + 0.3
-    return places
-
-
-# -- page -------------------------------------------------------------------------------------------------------------
-
-
-class _Head:
-    """Title and subtitle, wrapped to the width of a page."""
-
-    def __init__(self, title: str, subtitle: str, width: float) -> None:
-        self.titles = textwrap.wrap(title, int((width - 2 * _MARGIN) / 0.115))
-        self.subtitles = textwrap.wrap(subtitle, int((width - 2 * _MARGIN) / 0.068))
-        self.height = _MARGIN + _TITLE * len(self.titles) + _LINE * len(self.subtitles) + 0.1
-
-    def draw(self, page: _Page) -> None:
-        for i, line in enumerate(self.titles):
-            page.text(_MARGIN, _MARGIN + _TITLE * i, line, size=13, weight="bold")
-        for i, line in enumerate(self.subtitles):
-            page.text(_MARGIN, _MARGIN + _TITLE * len(self.titles) + _LINE * i, line, color=_FAINT)
-
-
-def _save(page: _Page, path: Path) -> Path:
-    with replacing(path) as partial, writing(path):
-        page.save(partial)
-    return path
-
-
-def _width(text: str) -> float:
-    """Inches that a line of text takes at the size of a page's text."""
-    plain = text.replace("$", "S")  # a dollar would start a formula
-    return float(TextPath((0, 0), plain, size=8.5).get_extents().width) / 72 if plain.strip() else 0.0
+# -- colours and numbers ----------------------------------------------------------------------------------------------
 
 
 def _shade(color: Color, strength: float) -> Color:
     red, green, blue = (1 - strength * (1 - channel) for channel in color)
     return red, green, blue
-
-
-def _hex(color: Sequence[float]) -> str:
-    return "#" + "".join(f"{round(255 * channel):02x}" for channel in color)
 
 
 def _percent(share: float) -> str:

@@ -1,8 +1,4 @@
-"""One picture of a result: the image that the network saw beside the map it made, with classes, shares and scale.
-
-Everything is placed in inches from the top left corner, so that a page looks alike for 3 and for 15 classes, for wide
-and for tall areas. No pyplot: nothing here touches matplotlib's global state.
-"""
+"""One picture of a result: the image that the network saw beside the map it made, with classes, shares and scale."""
 
 from __future__ import annotations
 
@@ -12,29 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import odc.geo.xr  # noqa: F401  registers .odc
 import xarray as xr
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from s2seg.legend import LandClass, Legend
-from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.outputs._files import check_writable
+from s2seg.outputs._page import EDGE, FAINT, INK, MARGIN, Head, Image, Page, colored, fit, scene_image
 
-Image = npt.NDArray[np.uint8]
 _Array = TypeVar("_Array", xr.DataArray, xr.Dataset)
 
-_DPI = 200
-_MARGIN, _GAP = 0.35, 0.3
+_GAP = 0.3
 _LABEL, _BELOW = 0.24, 0.34  # above a panel its name, below the last one the scale
 _NAME_CHARS, _LEGEND_WIDTH, _ROW, _LINE = 28, 3.0, 0.25, 0.155
-_INK, _FAINT = "#222222", "#666666"
-_NODATA = 255  # white
-_MIDDLE = 0.4  # how bright the median pixel of a composite should be
 _COLUMNS = 6  # dates in a row
 _DEGREE = 111_320.0  # metres on a meridian
 
@@ -115,11 +104,11 @@ def write_quicklook(
     """
     path = check_writable(path, overwrite=overwrite)
     codes = land_cover.transpose("y", "x").to_numpy()
-    images = [] if composite is None else [_rgb(composite)]
-    images.append((_colored(codes, legend), "Land cover"))
+    images = [] if composite is None else [scene_image(composite)]
+    images.append((colored(codes, legend), "Land cover"))
     aspect = codes.shape[1] / codes.shape[0]
     wide = aspect > 1.7 and len(images) > 1
-    width, height = _fit(aspect, 8.5 if wide else 5.2, 3.4 if wide else 6.0)
+    width, height = fit(aspect, 8.5 if wide else 5.2, 3.4 if wide else 6.0)
     cell = max(width, 1.3)
     panels = [
         _Panel(image, label, *((0.0, i * (height + _LABEL + 0.1)) if wide else (i * (cell + _GAP), 0.0)), width, height)
@@ -165,11 +154,11 @@ def write_quicklook_series(
     path = check_writable(path, overwrite=overwrite)
     codes = land_cover.transpose("time", "y", "x").to_numpy()
     dates = np.datetime_as_string(land_cover["time"].to_numpy().astype("datetime64[m]"))
-    rows_of_images = [_colored(codes, legend)]
+    rows_of_images = [colored(codes, legend)]
     if composites is not None:
-        rows_of_images.insert(0, _rgb(composites)[0])
+        rows_of_images.insert(0, scene_image(composites)[0])
     aspect = codes.shape[2] / codes.shape[1]
-    width, height = _fit(aspect, 2.2, 2.6)
+    width, height = fit(aspect, 2.2, 2.6)
     columns = math.ceil(len(dates) / math.ceil(len(dates) / _COLUMNS))
     cell, band = max(width, 1.3) + 0.12, len(rows_of_images) * (height + 0.08) + _LABEL + 0.12
     panels = [
@@ -197,54 +186,7 @@ def class_shares(codes: npt.NDArray[np.uint8], legend: Legend) -> list[tuple[Lan
     return [(c, float(share) / 10) for c, share in zip(present, rounded, strict=True)]
 
 
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
-def _colored(codes: npt.NDArray[np.uint8], legend: Legend) -> Image:
-    table = np.full((256, 3), _NODATA, np.uint8)
-    for c in legend.classes:
-        table[c.code] = c.rgb
-    return table[codes]
-
-
-def _rgb(composite: xr.DataArray) -> tuple[Image, str]:
-    """(..., y, x, 3) uint8 and what it shows."""
-    bands, label = _three_bands([str(b) for b in composite["band"].to_numpy()])
-    values = composite.sel(band=bands).transpose(..., "y", "x", "band").to_numpy().astype("float32")
-    valid = (values > 0).all(axis=-1)
-    image = np.full(values.shape, _NODATA, np.uint8)
-    if valid.any():
-        image[valid] = _stretch(values[valid])
-    return image, label
-
-
-def _stretch(values: npt.NDArray[np.float32]) -> Image:
-    """Stretch from the 2nd to the 98th percentile, then brighten: under clouds the land would be black otherwise."""
-    low, middle, high = np.percentile(values, (2, 50, 98))
-    unit = np.clip((values - low) / max(high - low, 1), 0, 1)
-    at = np.clip((middle - low) / max(high - low, 1), 0.01, 0.99)
-    gamma = np.clip(np.log(_MIDDLE) / np.log(at), 0.45, 1)
-    stretched: Image = (unit**gamma * 255).round().astype(np.uint8)
-    return stretched
-
-
-def _three_bands(available: Sequence[str]) -> tuple[list[str], str]:
-    if {"red", "green", "blue"} <= set(available):
-        return ["red", "green", "blue"], "True colour"
-    for bands in (["nir", "red", "green"], ["swir16", "nir", "red"], ["swir22", "swir16", "nir"]):
-        if set(bands) <= set(available):
-            return bands, f"False colour ({', '.join(bands)})"
-    spectral = [b for b in available if b != "scl"] or list(available)
-    bands = [*spectral[:3]] if len(spectral) >= 3 else [spectral[0]] * 3
-    return bands, spectral[0] if len(spectral) < 3 else f"False colour ({', '.join(bands)})"
-
-
 # -- page -------------------------------------------------------------------------------------------------------------
-
-
-def _fit(aspect: float, max_width: float, max_height: float) -> tuple[float, float]:
-    width = min(max_width, max_height * aspect)
-    return width, width / aspect
 
 
 def _metres_across(land_cover: xr.DataArray) -> float:
@@ -268,67 +210,31 @@ def _draw(
     right = max(p.x + max(p.width, 1.3) for p in panels)
     bottom = max(p.y + p.height for p in panels)
     entries = _entries(codes, legend)
-    page_width = _MARGIN + right + _GAP + _LEGEND_WIDTH + _MARGIN
-    titles = textwrap.wrap(title, int((page_width - 2 * _MARGIN) / 0.115))
-    subtitles = textwrap.wrap(subtitle, int((page_width - 2 * _MARGIN) / 0.076))
-    head = _MARGIN + 0.25 * len(titles) + 0.18 * len(subtitles) + 0.14
-    top = head + _LABEL
-    page_height = top + max(bottom + _BELOW, sum(e.height for e in entries) + 0.05) + _MARGIN / 2
+    page_width = MARGIN + right + _GAP + _LEGEND_WIDTH + MARGIN
+    head = Head(title, subtitle, page_width)
+    top = head.height + _LABEL
+    page_height = top + max(bottom + _BELOW, sum(e.height for e in entries) + 0.05) + MARGIN / 2
 
-    page = _Page(page_width, page_height)
-    for i, line in enumerate(titles):
-        page.text(_MARGIN, _MARGIN + 0.25 * i, line, size=13, weight="bold")
-    for i, line in enumerate(subtitles):
-        page.text(_MARGIN, _MARGIN + 0.25 * len(titles) + 0.18 * i, line, size=8.5, color=_FAINT)
+    page = Page(page_width, page_height)
+    head.draw(page)
     for panel in panels:
-        page.image(_MARGIN + panel.x, top + panel.y, panel)
+        x, y = MARGIN + panel.x, top + panel.y
+        page.image(x, y, panel.width, panel.height, panel.image)
+        page.text(x, y - 0.07, panel.label, va="bottom")
     last_row = max(p.y for p in panels)
     under = next(p for p in reversed(panels) if p.y == last_row)
     first_in_row = next(p for p in panels if p.y == last_row) if len(panels) > 2 else under
-    _scale(page, _MARGIN + first_in_row.x, top + bottom + 0.12, first_in_row.width, metres)
-    _legend(page, _MARGIN + right + _GAP, top, entries)
-    with replacing(path) as partial, writing(path):
-        page.save(partial)
+    _scale(page, MARGIN + first_in_row.x, top + bottom + 0.12, first_in_row.width, metres)
+    _legend(page, MARGIN + right + _GAP, top, entries)
+    page.save(path)
 
 
-class _Page:
-    """A figure that is drawn on in inches from its top left corner."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-        FigureCanvasAgg(self.figure)
-
-    def text(self, x: float, y: float, text: str, *, size: float = 8.5, color: str = _INK, **style: Any) -> None:
-        style = {"va": "top", "ha": "left"} | style
-        inches = self.figure.dpi_scale_trans
-        self.figure.text(x, self.height - y, text, size=size, color=color, transform=inches, parse_math=False, **style)
-
-    def box(self, x: float, y: float, width: float, height: float, color: str, edge: str = "none") -> None:
-        inches = self.figure.dpi_scale_trans
-        corner = (x, self.height - y - height)
-        self.figure.add_artist(
-            Rectangle(corner, width, height, facecolor=color, edgecolor=edge, linewidth=0.5, transform=inches)
-        )
-
-    def image(self, x: float, y: float, panel: _Panel) -> None:
-        bottom = self.height - y - panel.height
-        place = (x / self.width, bottom / self.height, panel.width / self.width, panel.height / self.height)
-        axes = self.figure.add_axes(place, xticks=[], yticks=[])
-        axes.imshow(panel.image, interpolation="nearest", aspect="auto")
-        axes.spines[:].set(color="#999999", linewidth=0.5)
-        self.text(x, y - 0.07, panel.label, size=8.5, color=_INK, va="bottom")
-
-    def save(self, path: Path) -> None:
-        self.figure.savefig(path, format="png", dpi=_DPI)
-
-
-def _scale(page: _Page, x: float, y: float, width: float, metres: float) -> None:
+def _scale(page: Page, x: float, y: float, width: float, metres: float) -> None:
     """A bar of a round length, about a third of the panel, and north."""
     length = _round_length(metres / 3)
     inches = width * length / metres
-    for i, color in enumerate((_INK, "white")):
-        page.box(x + i * inches / 2, y, inches / 2, 0.05, color, _INK)
+    for i, color in enumerate((INK, "white")):
+        page.box(x + i * inches / 2, y, inches / 2, 0.05, color, INK)
     page.text(
         x + inches + 0.07,
         y + 0.025,
@@ -370,13 +276,13 @@ def _entries(codes: npt.NDArray[np.uint8], legend: Legend) -> list[_Entry]:
     empty = int((~np.isin(codes, legend.codes)).sum()) / codes.size * 100
     if empty:
         amount = f"{empty:.1f} %" if empty >= 0.05 else "< 0.1 %"
-        entries.append(_Entry((f"no data ({amount} of all)",), "", "white", "#999999"))
+        entries.append(_Entry((f"no data ({amount} of all)",), "", "white", EDGE))
     return entries
 
 
-def _legend(page: _Page, x: float, y: float, entries: Sequence[_Entry]) -> None:
+def _legend(page: Page, x: float, y: float, entries: Sequence[_Entry]) -> None:
     for entry, (row, _) in zip(entries, pairwise(np.cumsum([0, *(e.height for e in entries)])), strict=True):
         page.box(x, y + row, 0.24, 0.15, entry.color, entry.edge)
         for i, line in enumerate(entry.lines):
-            page.text(x + 0.34, y + row + 0.075 + i * _LINE, line, va="center", color=_INK if entry.share else _FAINT)
+            page.text(x + 0.34, y + row + 0.075 + i * _LINE, line, va="center", color=INK if entry.share else FAINT)
         page.text(x + _LEGEND_WIDTH, y + row + 0.075, entry.share, ha="right", va="center")

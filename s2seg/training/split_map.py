@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.colors import to_hex, to_rgb
 
 from s2seg.legend import Legend
-from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.outputs._files import check_writable
+from s2seg.outputs._page import BLANK, FAINT, MARGIN, Image, Key, Page, Swatch, colored, fit
+from s2seg.outputs.quicklook import thumbnail
 from s2seg.training.cutting import Place
 from s2seg.training.splits import PARTS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _COLORS = ("#3b3b3b", "#1f6fd6", "#e0301e")  # outlines of train, validation, test
 _TINTS = (0.0, 0.45, 0.45)
 _DIMMED = 0.5  # how far the labels fade to white
 _SIDE = 1000  # pixels of a panel
-_PANELS = 12
-_DPI = 150
+_PANELS, _COLUMNS = 12, 3
+_GAP, _NAMES = 0.25, 0.42  # inches between panels, and above each one
+_LEAST = 3.3  # inches that the text above a panel needs
+
+Codes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One area, every n-th pixel: (y, x) labels and parts."""
+
+    name: str
+    labels: Codes
+    split: Codes
+    width: float
+    height: float
 
 
 def draw_split(regions: Sequence[Place], path: str | Path, legend: Legend, *, overwrite: bool = False) -> Path:
@@ -51,85 +64,71 @@ def draw_split(regions: Sequence[Place], path: str | Path, legend: Legend, *, ov
         If the path exists or cannot be written.
     """
     path = check_writable(path, overwrite=overwrite)
-    figure = _figure(list({r.name: r for r in regions}.values())[:_PANELS], legend)
-    with replacing(path) as partial, writing(path):
-        figure.savefig(partial, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.15)
-    return path
+    areas = list({r.name: r for r in regions}.values())[:_PANELS]
+    columns = min(len(areas), _COLUMNS)
+    panels = [_panel(area, 6.6 if columns == 1 else 4.0) for area in areas]
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    cell = max(_LEAST, *(p.width for p in panels)) + _GAP
+    heights = [_NAMES + max(p.height for p in row) + _GAP for row in rows]
+    width = columns * cell - _GAP
+    key = Key(_key(panels, legend), width)
+    page = Page(width + 2 * MARGIN, MARGIN + sum(heights) + key.height + MARGIN)
+    y = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for k, panel in enumerate(row):
+            _draw(page, MARGIN + k * cell, y, panel, legend)
+        y += height
+    key.draw(page, MARGIN, y)
+    return page.save(path)
 
 
-def _figure(areas: Sequence[Place], legend: Legend) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+def _panel(area: Place, side: float) -> _Panel:
+    labels, split = (thumbnail(plane, _SIDE).transpose("y", "x").to_numpy() for plane in (area.labels, area.split))
+    return _Panel(area.name, labels, split, *fit(labels.shape[1] / labels.shape[0], side, side))
 
-    columns = min(len(areas), 3)
-    rows = math.ceil(len(areas) / columns)
-    side = 6.6 if columns == 1 else 4.0
-    figure = Figure(figsize=(side * columns, (side + 0.3) * rows), dpi=_DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    present: set[int] = set()
-    for axes, area in zip(panels, areas, strict=False):
-        labels, split = _small(area)
-        present |= set(np.unique(labels).tolist())
-        _panel(axes, labels, split, legend)
-        axes.set_title(f"{area.name}\n{_shares(labels, split, legend)}", fontsize=9, loc="left", parse_math=False)
-    for axes in panels[len(areas) :]:
-        axes.axis("off")
-    parts = [
-        Patch(facecolor=_faded(color, 1 - tint), edgecolor=color, linewidth=1.5, label=part)
-        for part, color, tint in zip(PARTS, _COLORS, _TINTS, strict=True)
+
+def _key(panels: Sequence[_Panel], legend: Legend) -> list[Swatch]:
+    """What the colours mean: parts, then the classes that occur."""
+    present = {int(code) for panel in panels for code in np.unique(panel.labels)}
+    return [
+        *(
+            Swatch(part, _faded(color, 1 - tint), color)
+            for part, color, tint in zip(PARTS, _COLORS, _TINTS, strict=True)
+        ),
+        Swatch("no part, no label", "white"),
+        *(Swatch(c.name, _faded(c.color, _DIMMED)) for c in legend if c.code in present),
     ]
-    classes = [Patch(facecolor=_faded(c.color, _DIMMED), label=c.name) for c in legend if c.code in present]
-    entries = [*parts, Patch(facecolor="white", edgecolor="#bbbbbb", label="no part, no label"), *classes]
-    figure.legend(handles=entries, loc="outside lower left", ncols=min(4, 2 + 2 * columns), fontsize=8, frameon=False)
-    return figure
 
 
-def _small(area: Place) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Labels and split, every n-th pixel."""
-    step = max(1, math.ceil(max(area.labels.sizes["y"], area.labels.sizes["x"]) / _SIDE))
-    labels, split = (
-        plane.isel(y=slice(step // 2, None, step), x=slice(step // 2, None, step)).transpose("y", "x").to_numpy()
-        for plane in (area.labels, area.split)
-    )
-    return labels, split
+def _draw(page: Page, x: float, y: float, panel: _Panel, legend: Legend) -> None:
+    page.text(x, y, panel.name)
+    page.text(x, y + 0.18, _shares(panel, legend), size=7.5, color=FAINT)
+    axes = page.image(x, y + _NAMES, panel.width, panel.height, _image(panel, legend))
+    for code, color in enumerate(_COLORS, 1):
+        # one pixel of nothing around, so that outlines close at the edge
+        mask = np.pad(panel.split == code, 1).astype(np.uint8)
+        if mask.any():
+            at = [np.arange(n) - 1 for n in mask.shape]
+            axes.contour(at[1], at[0], mask, levels=[0.5], colors=color, linewidths=0.6 if code == 1 else 1.4)
 
 
-def _shares(labels: npt.NDArray[np.uint8], split: npt.NDArray[np.uint8], legend: Legend) -> str:
-    counts = np.bincount(split[np.isin(labels, legend.codes)], minlength=len(PARTS) + 1)
+def _shares(panel: _Panel, legend: Legend) -> str:
+    counts = np.bincount(panel.split[np.isin(panel.labels, legend.codes)], minlength=len(PARTS) + 1)
     total = max(counts.sum(), 1)
     buffer = f", {counts[0] / total:.0%} unused" if counts[0] else ""
     return ", ".join(f"{n / total:.0%} {part}" for part, n in zip(PARTS, counts[1:], strict=True)) + buffer
 
 
-def _panel(axes: Any, labels: npt.NDArray[np.uint8], split: npt.NDArray[np.uint8], legend: Legend) -> None:
-    axes.imshow(_image(labels, split, legend), interpolation="nearest")
-    for code, color in enumerate(_COLORS, 1):
-        # one pixel of nothing around, so that outlines close at the edge
-        mask = np.pad(split == code, 1).astype(np.uint8)
-        if mask.any():
-            at = [np.arange(n) - 1 for n in mask.shape]
-            axes.contour(at[1], at[0], mask, levels=[0.5], colors=color, linewidths=0.6 if code == 1 else 1.4)
-    axes.set(xticks=[], yticks=[], xlim=(-1, labels.shape[1]), ylim=(labels.shape[0], -1))
-    axes.spines[:].set(color="#bbbbbb", linewidth=0.5)
-
-
-def _image(labels: npt.NDArray[np.uint8], split: npt.NDArray[np.uint8], legend: Legend) -> npt.NDArray[np.uint8]:
-    table = np.full((256, 3), 255.0)
-    for c in legend:
-        table[c.code] = c.rgb
-    image = table[labels] * (1 - _DIMMED) + 255 * _DIMMED
-    image[split == 0] = image[split == 0] * 0.25 + 255 * 0.75
+def _image(panel: _Panel, legend: Legend) -> Image:
+    image = colored(panel.labels, legend) * (1 - _DIMMED) + BLANK * _DIMMED
+    image[panel.split == 0] = image[panel.split == 0] * 0.25 + BLANK * 0.75
     for code, (color, tint) in enumerate(zip(_COLORS, _TINTS, strict=True), 1):
-        image[split == code] = image[split == code] * (1 - tint) + _rgb(color) * tint
+        here = panel.split == code
+        image[here] = image[here] * (1 - tint) + 255 * tint * np.array(to_rgb(color))
     return image.astype(np.uint8)
 
 
-def _rgb(color: str) -> npt.NDArray[np.float64]:
-    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], np.float64)
-
-
 def _faded(color: str, share: float) -> str:
-    red, green, blue = (_rgb(color) * (1 - share) + 255 * share).round().astype(int)
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    """Mix a colour with a share of white."""
+    red, green, blue = (channel * (1 - share) + share for channel in to_rgb(color))
+    return to_hex((red, green, blue))

@@ -35,8 +35,8 @@ def test_a_page_shows_chips_labels_and_versions(tmp_path, bands):
     augment = Augment(AugmentSpec(flips=False), bands)
     path = write_preview(tmp_path / "new" / "p.png", images, labels, augment, LEGEND, rows=2, columns=3)
     picture = pixels(path)
-    # two rows of a 225 pixel wide cell: a quarter of the labels is built, and only its rim is drawn beside it
-    one_cell = 225**2
+    # two rows of a 300 pixel wide cell: a quarter of the labels is built, and only its rim is drawn beside it
+    one_cell = 300**2
     assert 2 * one_cell * 0.25 < count(picture, BUILT) < 2 * one_cell * 0.35
     assert count(picture, WATER) > 2 * one_cell * 0.5
     four = write_preview(tmp_path / "p4.png", images, labels, augment, LEGEND, rows=2, columns=4)
