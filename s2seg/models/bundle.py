@@ -253,7 +253,7 @@ def _to_numpy(value: Any) -> np.ndarray[Any, Any]:
 @contextlib.contextmanager
 def _new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Give a fresh folder that takes ``target``'s place when the block ends well, and vanishes when it does not."""
-    _check_replaceable(target, overwrite)
+    check_replaceable(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         folder = Path(scratch) / "new"
@@ -264,7 +264,14 @@ def _new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         folder.rename(target)
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Refuse to write a bundle where something else stands, or a bundle that is not to be overwritten.
+
+    Raises
+    ------
+    OutputError
+        Saying what stands there.
+    """
     if not target.exists():
         return
     if not target.is_dir():

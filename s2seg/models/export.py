@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from s2seg.errors import InputError, ModelError, OutputError
-from s2seg.models.bundle import ModelBundle, _check_replaceable, write_bundle
+from s2seg.models.bundle import ModelBundle, check_replaceable, write_bundle
 from s2seg.models.runtimes.answers import softmax
 from s2seg.models.spec import ONNX, ModelSpec
 
@@ -136,7 +136,7 @@ def _check_target(kind: str, path: str | Path, overwrite: bool) -> Path:
     if kind == "onnx":
         if target.suffix == ".onnx":
             raise InputError(f"{path}: an ONNX export is a folder with model.onnx in it; give a name without .onnx")
-        _check_replaceable(target.resolve(), overwrite)
+        check_replaceable(target.resolve(), overwrite)
     elif target.suffix != _SUFFIXES[kind]:
         raise InputError(f"{path}: the file of a {kind} export ends in {_SUFFIXES[kind]}")
     elif target.exists() and not overwrite:
