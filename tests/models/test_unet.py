@@ -26,6 +26,25 @@ def test_other_architectures(other_spec, architecture):
         assert net(torch.zeros(1, 4, 64, 64)).shape == (1, 3, 64, 64)
 
 
+@pytest.mark.parametrize("encoder", ["resnet18", "mit_b0", "xception"])
+def test_shallow_encoders_keep_only_what_they_use(other_spec, encoder):
+    import segmentation_models_pytorch as smp
+
+    shape = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+    spec = other_spec(architecture={"name": "Unet", "encoder": encoder, **shape})
+    whole = smp.Unet(encoder, encoder_weights=None, in_channels=4, classes=3, **shape).eval()
+    net = build_network(spec)
+    assert net.training
+    kept = whole.state_dict().keys() & net.state_dict().keys()
+    assert len(kept) == len(net.state_dict()) < len(whole.state_dict())
+    net.load_state_dict({name: whole.state_dict()[name] for name in kept})
+    image = torch.rand(2, 4, 32, 64)
+    answer = net.eval()(image)
+    torch.testing.assert_close(answer, whole(image))
+    answer.sum().backward()
+    assert not [name for name, weight in net.named_parameters() if weight.grad is None]
+
+
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
