@@ -372,18 +372,23 @@ def _needs(*packages: str) -> None:
 
 
 def _print_scores(result: Any) -> None:
-    """One table: classes down, models across."""
-    scores = result.scores
-    table = Table("class", "pixels", title=f"IoU / precision / recall, {result.part} part", title_justify="left")
-    for name in scores:
-        table.add_column(name)
-    first = next(iter(scores.values()))
-    for i, name in enumerate(first.legend.names):
-        cells = [f"{s.iou[i]:.3f} / {s.precision[i]:.3f} / {s.recall[i]:.3f}" for s in scores.values()]
-        table.add_row(name, f"{first.support[i]:,}", *cells)
-    out.print(table)
-    for name, s in scores.items():
-        out.print(f"{name}: overall accuracy {s.overall_accuracy:.3f}, mean IoU {s.mean_iou:.3f}, kappa {s.kappa:.3f}")
+    """A table for each model, and one for all of them."""
+    from s2seg.assess.scores import compare_table
+
+    for name, scores in result.scores.items():
+        out.print(_rows_table(scores.table(), f"{name}, {result.part} part"))
+    if len(result.scores) == 1:
+        out.print(*(f"{what} {value}" for what, value in scores.summary()[1:]), sep=", ")
+    else:
+        out.print(_rows_table(compare_table(result.scores), "IoU of each class, and the whole map"))
+
+
+def _rows_table(rows: list[tuple[str, ...]], title: str) -> Table:
+    header, *others = rows
+    table = Table(*header, title=title, title_justify="left")
+    for row in others:
+        table.add_row(*row)
+    return table
 
 
 def _names(text: str) -> list[str]:

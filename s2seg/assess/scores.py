@@ -167,15 +167,15 @@ class Scores:
             raise InputError(f"these are not scores written by s2seg ({type(error).__name__}: {error})") from error
 
 
-def write_scores(path: str | Path, scores: Scores, *, overwrite: bool = False) -> Path:
-    """Write scores as JSON.
+def write_scores(path: str | Path, scores: Mapping[str, Scores], *, overwrite: bool = False) -> Path:
+    """Write the scores of one or more models as JSON.
 
     Parameters
     ----------
     path
         The file; it appears under this name when it is complete.
     scores
-        What to write.
+        Name of a model -> its scores.
     overwrite
         Replace what stands at ``path``.
 
@@ -190,14 +190,15 @@ def write_scores(path: str | Path, scores: Scores, *, overwrite: bool = False) -
         If the path exists or cannot be written.
     """
     path = check_writable(path, overwrite=overwrite)
-    text = json.dumps(scores.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+    values = {name: of.to_dict() for name, of in scores.items()}
+    text = json.dumps(values, indent=1, allow_nan=False, ensure_ascii=False)
     with replacing(path) as partial, writing(path):
         partial.write_text(text + "\n", encoding="utf-8")
     return path
 
 
-def read_scores(path: str | Path) -> Scores:
-    """Read what :func:`write_scores` wrote.
+def read_scores(path: str | Path) -> dict[str, Scores]:
+    """Read what :func:`write_scores` wrote, ``s2seg evaluate``'s ``scores_test.json`` among it.
 
     Raises
     ------
@@ -205,11 +206,15 @@ def read_scores(path: str | Path) -> Scores:
         If the file cannot be read or is something else.
     """
     try:
-        return Scores.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"scores {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise InputError(f"scores {path} are not JSON: {error}") from error
+    if not values or not isinstance(values, dict):
+        raise InputError(f"{path}: these are not scores written by s2seg")
+    try:
+        return {str(name): Scores.from_dict(of) for name, of in values.items()}
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,11 @@ import xarray as xr
 
 from s2seg.assess.confusion import Confusion, confusion, confusion_of
 from s2seg.assess.forest import Forest, fit_forest
-from s2seg.assess.scores import Scores
+from s2seg.assess.scores import Scores, write_scores
 from s2seg.errors import InputError
 from s2seg.inference import predict
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.runtimes import open_session
-from s2seg.outputs._files import replacing, writing
 from s2seg.training.chips import ChipStore
 from s2seg.training.regions import Region
 from s2seg.training.splits import PARTS
@@ -34,6 +32,10 @@ _BATCH = 16
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def evaluate(
         )
     if not len(chips.indices(part)):
         raise InputError(f"the split has no chips for {part}: give it a share in split.fractions")
-    report = on_progress or _silent
+    report = on_progress or silent
     if regions:
         return _of_regions(model, chips, regions, part, forest, report)
     return _of_chips(model, chips, part, forest, report)
@@ -245,13 +247,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, title: str) -> 
     from s2seg.assess.pictures import Comparison, write_comparison, write_confusion
 
     folder, part = Path(folder), evaluation.part
-    path = folder / f"scores_{part}.json"
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
-            text = json.dumps({name: scores.to_dict() for name, scores in evaluation.scores.items()}, indent=2)
-            unfinished.write_text(text + "\n")
-    written = [path]
+    written = [write_scores(folder / f"scores_{part}.json", evaluation.scores, overwrite=True)]
     for name, counts in evaluation.confusions.items():
         picture = folder / f"confusion_{part}_{name.lower()}.png"
         written.append(write_confusion(picture, counts, f"{title}: {name}, {part} part", overwrite=True))
@@ -262,7 +258,3 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, title: str) -> 
         write_comparison(maps, rows, legend, title, subtitle=f"{part} part, never trained on", overwrite=True)
     )
     return written
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Report to nobody."""

@@ -16,7 +16,7 @@ from s2seg.outputs._files import check_writable, replacing, writing
 from s2seg.training.chips import ChipStore, open_chips, write_chips
 from s2seg.training.config import TrainConfig, load_config
 from s2seg.training.cutting import Place
-from s2seg.training.evaluate import Evaluation, Progress, _silent, baseline, evaluate, write_evaluation
+from s2seg.training.evaluate import Evaluation, Progress, baseline, evaluate, silent, write_evaluation
 from s2seg.training.fit import FitResult, fit
 from s2seg.training.fit import Progress as FitProgress
 from s2seg.training.regions import Region, chip_spec, open_regions, split_spec, warn_of_empty_classes
@@ -68,7 +68,7 @@ def prepare(
     S2SegError
         If data are missing or do not fit, the split cannot teach, or the store is of another configuration.
     """
-    path, report = Path(path), on_progress or _silent
+    path, report = Path(path), on_progress or silent
     fingerprint = config.fingerprint("data")
     regions = open_regions(config, lambda done, total: report("search", done, total))
     if path.exists() and not overwrite:
@@ -168,7 +168,7 @@ def train(
     S2SegError
         A subclass that names what is wrong with the configuration, the data or the output folder.
     """
-    folder, report = Path(output), on_progress or _silent
+    folder, report = Path(output), on_progress or silent
     _check_folder(folder, config, resume, overwrite)
     regions, store = prepare(config, chips or folder / CHIPS, overwrite=overwrite and not resume and chips is None,
                              on_progress=on_progress)  # fmt: skip

@@ -75,16 +75,16 @@ def test_the_table_shows_a_dash_for_what_is_absent():
 
 def test_scores_survive_their_file(tmp_path):
     s = of([[6, 2, 0], [1, 1, 0], [0, 0, 0]], [0, 0, 3])
-    path = write_scores(tmp_path / "deep" / "scores.json", s)
-    stored = json.loads(path.read_text())
+    path = write_scores(tmp_path / "deep" / "scores.json", {"U-Net": s, "forest": s})
+    stored = json.loads(path.read_text())["forest"]
     assert stored["classes"][2]["iou"] is None
     assert stored["classes"][0] | {"name": "a", "code": 4, "support": 8} == stored["classes"][0]
-    again = read_scores(path)
+    again = read_scores(path)["U-Net"]
     assert again.to_dict() == s.to_dict()
     assert again.legend == LEGEND
     with pytest.raises(OutputError, match="exists already"):
-        write_scores(path, s)
-    for text, message in (("{}", "not scores written by s2seg"), ("{", "not JSON"), ("[]", "not scores")):
+        write_scores(path, {"U-Net": s})
+    for text, message in (("{}", "not scores"), ("{", "not JSON"), ("[1]", "not scores"), ('{"a": {}}', "not scores")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_scores(path)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import xarray as xr
 import yaml
 
 from s2seg import load_model, predict
+from s2seg.assess import read_scores
 from s2seg.assess.confusion import confusion
 from s2seg.cli import main
 from s2seg.errors import InputError, OutputError
@@ -77,8 +77,9 @@ def test_scores_are_those_of_the_map_on_the_unseen_pixels(trained: tuple[TrainCo
     result, written = evaluate_model(folder, tmp_path, with_baseline=True)
     np.testing.assert_array_equal(result.confusions["U-Net"].matrix, expected.matrix)
     assert result.scores["forest"].overall_accuracy > 0.5
-    stored = json.loads((tmp_path / "scores_test.json").read_text())
+    stored = read_scores(tmp_path / "scores_test.json")
     assert set(stored) == {"U-Net", "forest"} and all(path.exists() for path in written)
+    np.testing.assert_array_equal(stored["U-Net"].confusion.matrix, expected.matrix)
 
 
 def test_training_sees_what_mapping_sees(trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion) -> None:
