@@ -24,7 +24,8 @@ def build_network(spec: ModelSpec) -> torch.nn.Module:
     spec
         ``architecture`` holds ``name`` (Unet, UnetPlusPlus, FPN, DeepLabV3Plus, Segformer, ...), ``encoder``
         (any of segmentation_models_pytorch's, or ``tu-`` and a timm name) and, if wanted, that architecture's own
-        arguments such as ``encoder_depth`` or ``decoder_channels``.
+        arguments such as ``encoder_depth`` or ``decoder_channels``, and ``full_resolution``, the channels of a
+        :class:`~s2seg.models.full_resolution.FullResolution` branch.
 
     Raises
     ------
@@ -45,6 +46,9 @@ def build_network(spec: ModelSpec) -> torch.nn.Module:
         raise ModelError(spec.name, "needs torch: pip install 's2seg[torch]'") from error
     arguments = dict(spec.architecture)
     name, encoder = str(arguments.pop("name")), str(arguments.pop("encoder", "resnet34"))
+    branch = arguments.pop("full_resolution", 0)
+    if not isinstance(branch, int) or branch < 0:
+        raise ModelError(spec.name, f"full_resolution is a number of channels, not {branch!r}")
     architecture = smp.MODEL_ARCHITECTURES_MAPPING.get(name.lower())
     if architecture is None:
         known = [cls.__name__ for cls in smp.MODEL_ARCHITECTURES_MAPPING.values()]
@@ -56,7 +60,7 @@ def build_network(spec: ModelSpec) -> torch.nn.Module:
             encoder_name=encoder,
             encoder_weights=None,
             in_channels=len(spec.bands),
-            classes=len(spec.legend),
+            classes=branch or len(spec.legend),
             **arguments,
         )
         if arguments.get("encoder_depth", 5) < 5:
@@ -64,6 +68,10 @@ def build_network(spec: ModelSpec) -> torch.nn.Module:
     except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
         # what the library says of arguments that do not go together
         raise ModelError(spec.name, f"{name} with {encoder}: {' '.join(str(error).split())}") from error
+    if branch:
+        from s2seg.models.full_resolution import add_full_resolution  # not at the top: it imports torch
+
+        add_full_resolution(network, len(spec.bands), branch, len(spec.legend))
     return network
 
 

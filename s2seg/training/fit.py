@@ -169,13 +169,14 @@ def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
     """
     network = config.network
     depth = 2 * network.stride if network.depth is None else network.depth
+    branch = {"full_resolution": network.full_resolution} if network.full_resolution else {}
     spec = ModelSpec(
         name=config.name,
         bands=config.channels,
         legend=config.legend,
         mean=tuple(map(float, chips.mean)),
         std=tuple(map(float, chips.std)),
-        architecture={"name": network.architecture, "encoder": network.encoder, **network.arguments},
+        architecture={"name": network.architecture, "encoder": network.encoder, **network.arguments, **branch},
         stride=network.stride,
         depth=depth,
         seasons=config.seasons,

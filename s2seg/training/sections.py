@@ -129,8 +129,8 @@ class RasterLabelsConfig(Section):
     resampling: Literal["mode", "nearest"] = Field(default="mode", description="how labels reach the grid of the scene")
     band: PositiveInt = Field(default=1, description="band of the raster, from 1")
     asset: str | None = Field(default=None, description="asset of a STAC item that holds the labels")
-    colors: dict[str, int] | None = Field(
-        default=None, description="for an RGB mask: '#rrggbb' to the code it stands for"
+    colors: dict[str, int | str | None] | None = Field(
+        default=None, description="for an RGB mask: '#rrggbb' to legend code or class name; null drops it"
     )
     remap: dict[int | str, int | str | None] | None = Field(
         default=None, description="value in the file to legend code or class name; null drops it"
@@ -201,8 +201,9 @@ class TilesConfig(Section):
 
     images: Href = Field(description="folder of GeoTIFF, PNG or JPEG tiles", examples=["tiles/images"])
     labels: Href = Field(description="folder of masks, with the images' file names", examples=["tiles/labels"])
-    colors: dict[str, int] | None = Field(
-        default=None, description="for RGB masks: '#rrggbb' to the code it stands for"
+    colors: dict[str, int | str | None] | None = Field(
+        default=None,
+        description="for RGB masks: '#rrggbb' to legend code or class name, null drops it; null: the legend's colours",
     )
     remap: dict[int | str, int | str | None] | None = Field(
         default=None, description="value in the masks to legend code or class name; null drops it"
@@ -275,6 +276,9 @@ class NetworkConfig(Section):
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="the architecture's own, such as {encoder_depth: 3}"
+    )
+    full_resolution: NonNegativeInt = Field(
+        default=0, description="channels of a branch that sees single pixels beside the network; 0: none"
     )
     depth: NonNegativeInt | None = Field(
         default=None, description="pixels of context on each side of a block when mapping; null: two strides"

@@ -16,8 +16,9 @@ from s2seg.models.spec import ModelSpec
 
 IMAGENET = "imagenet"
 _RGB = ("red", "green", "blue")
-_HEAD = "segmentation_head."
-_PARTS = ("encoder.", "decoder.", _HEAD)
+_HEADS = ("segmentation_head.", "full_resolution.")
+"""What answers with classes; the branch at full resolution does so as a whole."""
+_PARTS = ("encoder.", "decoder.", *_HEADS)
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 
 
@@ -69,8 +70,8 @@ def start_from(network: torch.nn.Module, spec: ModelSpec, weights: str | Path | 
     own = network.state_dict()
     found = _adapt_first_convolution(network, spec, source)
     wanted = [name for name in own if source.whole or name.startswith("encoder.")]
-    if source.whole and not any(name.startswith(_HEAD) for name in found):
-        wanted = [name for name in wanted if not name.startswith(_HEAD)]
+    if source.whole and not any(name.startswith(_HEADS) for name in found):
+        wanted = [name for name in wanted if not name.startswith(_HEADS)]
     _check_fit(source, {name: own[name] for name in wanted}, found)
     network.load_state_dict({name: found[name] for name in wanted}, strict=False)
 
@@ -102,7 +103,7 @@ def _read(path: str, spec: ModelSpec) -> _Source:
         tensors = safetensors.torch.load(_read_bytes(path))
     except safetensors.SafetensorError as error:
         raise ModelError(path, f"not safetensors, or damaged ({error})") from error
-    whole = any(name.startswith(("decoder.", _HEAD)) for name in tensors)
+    whole = any(name.startswith(_PARTS[1:]) for name in tensors)
     if not any(name.startswith(_PARTS) for name in tensors):
         tensors = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
     return _Source(path, tensors, whole=whole)
@@ -117,7 +118,7 @@ def _read_bundle(path: str, spec: ModelSpec) -> _Source:
         raise ModelError(path, "an ONNX network cannot be trained further: use safetensors")
     tensors = safetensors.torch.load_file(bundle.weights_path)
     if bundle.spec.legend.codes != spec.legend.codes:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEAD)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     return _Source(path, tensors, bundle.spec.bands, whole=True)
 
 
@@ -134,20 +135,22 @@ def _read_bytes(path: str) -> bytes:
 
 def _adapt_first_convolution(network: torch.nn.Module, spec: ModelSpec, source: _Source) -> dict[str, torch.Tensor]:
     """Return the source's tensors with the first convolution rewritten for the spec's bands, where that is needed."""
-    name = _first_convolution(network, len(spec.bands))
-    weight = source.tensors.get(name)
-    if weight is None or weight.ndim != 4:
-        return source.tensors
-    known = source.bands if len(source.bands) == weight.shape[1] else ()
-    if known == spec.bands or (not known and weight.shape[1] == len(spec.bands)):
-        return source.tensors
-    return source.tensors | {name: adapt_bands(weight, known, spec.bands)}
+    tensors = dict(source.tensors)
+    for part in ("encoder.", "full_resolution."):
+        name = _first_convolution(network, part, len(spec.bands))
+        weight = tensors.get(name)
+        if weight is None or weight.ndim != 4:
+            continue
+        known = source.bands if len(source.bands) == weight.shape[1] else ()
+        if known or weight.shape[1] != len(spec.bands):
+            tensors[name] = adapt_bands(weight, known, spec.bands)
+    return tensors
 
 
-def _first_convolution(network: torch.nn.Module, bands: int) -> str:
-    """Name of the weight that meets the image: the encoder's first convolution that takes that many channels."""
+def _first_convolution(network: torch.nn.Module, part: str, bands: int) -> str:
+    """Name of the weight that meets the image: the part's first convolution that takes that many channels."""
     for name, module in network.named_modules():
-        if name.startswith("encoder.") and isinstance(module, torch.nn.Conv2d) and module.in_channels == bands:
+        if name.startswith(part) and isinstance(module, torch.nn.Conv2d) and module.in_channels == bands:
             return f"{name}.weight"
     return ""
 

@@ -4,6 +4,7 @@ import torch
 from s2seg.errors import ModelError
 from s2seg.legend import BUILTIN
 from s2seg.models import build_network, pools_globally
+from s2seg.models.runtimes.tuning import fold_batch_norm
 
 
 def test_bands_and_classes_shape_the_network(other_spec):
@@ -18,6 +19,7 @@ def test_bands_and_classes_shape_the_network(other_spec):
         {"name": "unet", "encoder": "resnet18", "encoder_depth": 3, "decoder_channels": [32, 16, 8]},
         {"name": "FPN", "encoder": "mobilenet_v2"},
         {"name": "Unet", "encoder": "tu-mobilenetv3_small_050"},
+        {"name": "FPN", "encoder": "resnet18", "full_resolution": 8},
     ],
 )
 def test_other_architectures(other_spec, architecture):
@@ -45,6 +47,21 @@ def test_shallow_encoders_keep_only_what_they_use(other_spec, encoder):
     assert not [name for name, weight in net.named_parameters() if weight.grad is None]
 
 
+def test_full_resolution_lets_a_single_pixel_count(other_spec):
+    net = build_network(other_spec(architecture={"name": "Unet", "encoder": "resnet18", "full_resolution": 8})).eval()
+    torch.nn.init.zeros_(net.segmentation_head[0].weight)  # what the network itself says
+    image = torch.rand(1, 4, 64, 64)
+    other = image.clone()
+    other[:, :, 20, 31] += 1
+    with torch.inference_mode():
+        changed = (net(image) != net(other)).any(dim=1)[0].nonzero()
+        folded = fold_batch_norm(net, 4)
+        torch.testing.assert_close(folded(image), net(image))
+    assert folded is not net
+    assert changed.amin(0).tolist() == [19, 30]
+    assert changed.amax(0).tolist() == [21, 32]
+
+
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
@@ -54,6 +71,7 @@ def test_shallow_encoders_keep_only_what_they_use(other_spec, encoder):
         ({"name": "Unet", "encoder": "qqqqq"}, "unknown encoder 'qqqqq': one of resnet18"),
         ({"name": "Unet", "encoder": "resnet18", "decoder_chanels": [1]}, "unknown architecture argument"),
         ({"name": "Unet", "encoder": "resnet18", "decoder_channels": [8, 8]}, "Unet with resnet18: "),
+        ({"name": "Unet", "encoder": "resnet18", "full_resolution": "yes"}, "full_resolution is a number of channels"),
         ({"name": "onnx"}, "an ONNX network is a file"),
         # roads by which a bundle could fetch or open files
         ({"name": "Unet", "encoder": "resnet18", "encoder_weights": "imagenet"}, "unknown architecture argument"),

@@ -60,6 +60,20 @@ def test_whole_networks(source, file, bands, legend, fresh):
     assert all(torch.equal(after[name], state[name]) for name in after if name not in fresh)
 
 
+def test_the_branch_at_full_resolution_comes_along(tmp_path):
+    spec, network = make(("red", "green"), full_resolution=4)
+    save_bundle(tmp_path / "bundle", spec, network.state_dict())
+    first = "full_resolution.pixels.0.weight"
+    other, swapped = make(("green", "red"), full_resolution=4)
+    start_from(swapped, other, tmp_path / "bundle")
+    assert torch.equal(swapped.state_dict()[first], network.state_dict()[first].flip(1))
+    other, fresh = make(("red", "green"), OTHER, full_resolution=4)
+    before = fresh.state_dict()[first].clone()
+    start_from(fresh, other, tmp_path / "bundle")
+    assert torch.equal(fresh.state_dict()[first], before)
+    assert torch.equal(fresh.state_dict()[FIRST], network.state_dict()[FIRST])
+
+
 def test_an_encoder_alone(source):
     folder, state = source
     spec, network = make(("red", "green", "nir"), OTHER)
@@ -163,5 +177,5 @@ def test_every_architecture_takes_any_number_of_bands(source):
     # the first convolution is found by what it takes: 3 channels also occur inside of some encoders
     for encoder in ("mobilenet_v2", "mit_b0"):
         _, network = make(("red", "nir"), encoder=encoder, encoder_depth=5, decoder_channels=[8] * 5)
-        name = weights._first_convolution(network, 2)
+        name = weights._first_convolution(network, "encoder.", 2)
         assert network.state_dict()[name].shape[1] == 2
