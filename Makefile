@@ -2,14 +2,15 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+PEERS := build/venv-peers
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench clean
+.PHONY: help demo test bench bench-peers clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  settings: VENV=$(VENV) PYTHON=$(PYTHON)"
 
 demo: $(READY) ## make a synthetic region, fit a small U-Net, map it, score it (into demo/)
@@ -21,8 +22,15 @@ test: $(READY) ## lint, check types, run the tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-bench: $(READY) ## measure reading, mapping and memory
+bench: $(READY) ## measure reading, mapping, training and memory
 	$(BIN)/python -m tests.bench
+
+# It sees the project's packages behind its own, so that torch is there once; what it installs, the project never sees.
+bench-peers: $(READY) ## install what the bench compares with (torchgeo), apart from the project
+	test -x $(PEERS)/bin/python || $(BIN)/python -m venv --without-pip $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt torchgeo
 
 clean: ## remove the environment, the demo and caches
 	rm -rf $(VENV) demo build .pytest_cache .mypy_cache .ruff_cache *.egg-info

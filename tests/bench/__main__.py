@@ -1,4 +1,4 @@
-"""Measure s2seg on this machine and print tables: ``python -m tests.bench [map] [--quick]``.
+"""Measure s2seg on this machine and print tables: ``python -m tests.bench [map] [train] [--quick]``.
 
 Scenes are grown from real pixels where the tool that does it lies beside the real data, else synthesised. They, the
 fitted network and the figures (JSON) stay in ``build/bench``.
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench import mapping
+from tests.bench import mapping, train
 
-SUITES = {"map": mapping.measure}
+SUITES = {"map": mapping.measure, "train": train.measure}
 
 
 def main() -> None:

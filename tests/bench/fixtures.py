@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, save
 from s2seg.sources.composite import CompositeSpec, composite
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
-from s2seg.testing import synthetic_catalog
+from s2seg.testing import LEGEND, synthetic_catalog
 
 BANDS = ("blue", "green", "red", "nir", "swir16", "swir22")
 DATES = "2000/2100"
@@ -44,6 +45,43 @@ def scene(folder: Path, size: int) -> Path:
             if not out.overviews(1):
                 out.build_overviews([2, 4, 8, 16], Resampling.average)
     return catalog
+
+
+@dataclass(frozen=True)
+class LabelledScene:
+    """Three dates of one place, and its land cover on the same grid."""
+
+    catalog: Path
+    labels: Path
+    legend: Legend
+    dates: tuple[str, ...] = ("2022-02-01", "2022-02-06", "2022-02-11")
+
+
+def labelled_scene(folder: Path, size: int) -> LabelledScene:
+    """A catalog of ``size`` x ``size`` pixels at 10 m on three dates, with a label COG; made once."""
+    place = folder / f"labelled-{size}"
+    catalog, labels = place / "catalog.json", place / "land_cover.tif"
+    tool, truth = real_data().parent / "tools" / "make_scene.py", real_data() / "mekong" / "labels"
+    real = tool.exists() and truth.exists()
+    scene = LabelledScene(catalog, labels, Legend.load("dynamic-world") if real else LEGEND)
+    if labels.exists() and catalog.exists():
+        return scene
+    if not real:
+        synthetic_catalog(place, size=size, dates=scene.dates, cloud_cover=(0.0,), baselines=("03.01",))
+        return scene
+    command = [sys.executable, "-W", "ignore", str(tool), str(place), "--size", str(size), "--dates", "3"]
+    subprocess.run([*command, "--bands", ",".join(BANDS)], check=True, stdout=subprocess.DEVNULL)
+    with rasterio.open(truth / "dynamicworld_10m.tif") as source, rasterio.open(next(place.rglob("B02.tif"))) as like:
+        # mirrored until it fills the scene, as the tool does with the pixels
+        there_and_back = np.r_[: source.height, source.height - 1 : -1 : -1]
+        at = np.resize(there_and_back, size)
+        profile = {"crs": like.crs, "transform": like.transform, "nodata": source.nodata, "compress": "deflate"}
+        with rasterio.open(
+            labels, "w", driver="COG", height=size, width=size, count=1, dtype="uint8", blocksize=1024,
+            overviews="NONE", **profile,
+        ) as out:  # fmt: skip
+            out.write(source.read(1)[np.ix_(at, at)], 1)
+    return scene
 
 
 def inner_box(catalog: Path) -> tuple[float, float, float, float]:

@@ -1,0 +1,357 @@
+"""Chips, steps, the chip store, a kill and a resume: what ``s2seg train`` costs, and whether it can be trusted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import rasterio
+import torch
+from rasterio.windows import Window
+from rich.console import Console
+from rich.table import Table
+
+from s2seg.errors import S2SegWarning
+from s2seg.sources.search import search
+from s2seg.training.checkpoints import FOLDER, LAST, load_checkpoint
+from s2seg.training.chips import open_chips
+from s2seg.training.config import TrainConfig
+from s2seg.training.data import Feed
+from s2seg.training.fit import Progress, fit
+from s2seg.training.module import SegmentationModule
+from s2seg.training.run import prepare
+from s2seg.training.sampling import EpochPlan
+from tests.bench.fixtures import BANDS, LabelledScene, labelled_scene
+from tests.bench.mapping import THREADS, fresh
+
+PEERS = Path("build/venv-peers/bin/python")
+PEER = Path(__file__).parent / "peers" / "torchgeo_chips.py"
+BLOCK = 1024
+SIZE, BATCH = 128, 16
+MEDIUM = {"encoder_depth": 3, "decoder_channels": [128, 64, 48]}
+SMALL = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+
+
+def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
+    """Run all measurements of ``train``; returns the figures."""
+    sizes = (512, 1024) if quick else (2048, 4096)
+    scratch = folder / "train"
+    shutil.rmtree(scratch, ignore_errors=True)
+    half, whole = (labelled_scene(folder, size) for size in sizes)
+    figures: dict[str, Any] = {
+        "store": building({sizes[0]: half, sizes[1]: whole}, scratch, console, repeats=1 if quick else 3)
+    }
+    stores = {"in memory": scratch / "one.zarr", "from disk": scratch / "overlapping.zarr"}
+    figures["chips"] = delivery(whole, stores, console, batches=4 if quick else 20, repeats=2 if quick else 5)
+    figures["steps"] = steps(whole, stores["in memory"], scratch, console, count=3 if quick else 15)
+    figures["resume"] = resume(whole, stores["in memory"], scratch, console, kills=1 if quick else 3)
+    shutil.rmtree(scratch)
+    return figures
+
+
+def config(scene: LabelledScene, *, dates: int = 3, stride: int = SIZE, **sections: Any) -> TrainConfig:
+    """Dates apart, nothing masked: chips then hold the very pixels of the files."""
+    area = {"name": "bench", "catalog": str(scene.catalog), "datetime": scene.dates[:dates],
+            "labels": {"raster": str(scene.labels)}}  # fmt: skip
+    values = {
+        "name": "bench", "legend": scene.legend, "bands": BANDS, "composite": {"mask": []}, "areas": [area],
+        "chips": {"size": SIZE, "stride": stride}, "logs": ["csv"], **sections,
+    }  # fmt: skip
+    return TrainConfig.model_validate(values, context={"folder": None})
+
+
+def _row(seconds: list[float], amount: float) -> list[str]:
+    """Median, and least to greatest, of amounts per second."""
+    speeds = [amount / s for s in seconds]
+    return [f"{statistics.median(speeds):.0f}", f"{min(speeds):.0f}-{max(speeds):.0f}"]
+
+
+# the chip store
+
+
+def building(scenes: dict[int, LabelledScene], scratch: Path, console: Console, repeats: int) -> dict[str, Any]:
+    """Time ``prepare``, from the catalog to the finished store, against plain reads of the same files."""
+    small, large = scenes
+    scene = scenes[large]
+    plans = {  # rows of the table; the goal is the first, and each store keeps its name
+        "each pixel once": (large, config(scene), "once", repeats),
+        "each pixel once, smaller": (small, config(scenes[small]), "smaller", 1),
+        "overlap of half a chip": (large, config(scene, stride=SIZE // 2), "overlapping", 1),
+        "one date": (large, config(scene, dates=1), "one", 1),
+    }
+    amounts = {size: size * size * len(BANDS) * len(scene.dates) / 1e6 for size in scenes}
+    plain = {threads: fresh(_plain, _files(scene), large, threads, repeats)[0] for threads in (1, THREADS)}
+    rows = {
+        name: _build(size, what, scratch / f"{store}.zarr", times) for name, (size, what, store, times) in plans.items()
+    }
+    table = Table("", "Mpx-band/s", "min-max", "of the plain loop", "chips", "MB", "peak GiB", "of it imports",
+                  title=f"chips from {large} px, {len(scene.dates)} dates, {len(BANDS)} bands")  # fmt: skip
+    pace = statistics.median(plain[1])
+    for threads, seconds in plain.items():
+        name = "plain loop of reads" if threads == 1 else f"plain reads, {threads} threads"
+        table.add_row(name, *_row(seconds, amounts[large]), f"{pace / statistics.median(seconds):.2f}", *[""] * 4)
+    for name, row in rows.items():
+        amount = amounts[row["size"]] / len(scene.dates) * row["dates"]
+        ratio = amount / statistics.median(row["seconds"]) / (amounts[large] / pace)
+        table.add_row(name, *_row(row["seconds"], amount), f"{ratio:.2f}", str(row["chips"]),
+                      f"{row['bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / 2**30:.2f}",
+                      f"{row['imports_bytes'] / 2**30:.2f}")  # fmt: skip
+    grown = [rows[name]["peak_bytes"] for name in ("each pixel once", "each pixel once, smaller")]
+    console.print(table, f"peak memory, {large} px over {small} px: {grown[0] / grown[1]:.2f} (the area: "
+                         f"{large**2 / small**2:.0f}); goal: 0.9 of the plain loop")  # fmt: skip
+    return {"plain_seconds": plain, "builds": rows}
+
+
+def _files(scene: LabelledScene) -> list[str]:
+    items = search(scene.catalog, (-180, -80, 180, 80), "2000/2100")
+    return [item.assets[band].href for item in items for band in BANDS] + [str(scene.labels)]
+
+
+def _plain(hrefs: list[str], size: int, threads: int, repeats: int) -> list[float]:
+    """Seconds to read every block of every file with nothing but rasterio."""
+    local = threading.local()
+
+    def one(row: int, col: int) -> None:
+        if not hasattr(local, "open"):
+            local.open = [rasterio.open(href) for href in hrefs]
+        for dataset in local.open:
+            factor = size // dataset.width or 1  # files at 20 m are half as wide
+            dataset.read(1, window=Window(col // factor, row // factor, BLOCK // factor, BLOCK // factor))
+
+    def run() -> float:
+        start = time.perf_counter()
+        corners = [(row, col) for row in range(0, size, BLOCK) for col in range(0, size, BLOCK)]
+        if threads == 1:
+            for corner in corners:
+                one(*corner)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(one, *zip(*corners, strict=True)))
+        return time.perf_counter() - start
+
+    return [_without_cache(run) for _ in range(repeats)]
+
+
+def _without_cache(run: Callable[[], float]) -> float:
+    """Blocks that GDAL has kept from an earlier round would be no reads."""
+    with rasterio.Env(GDAL_CACHEMAX=0):
+        return run()
+
+
+def _build(size: int, what: TrainConfig, path: Path, repeats: int) -> dict[str, Any]:
+    rounds = [fresh(_prepare, what, path) for _ in range(repeats)]
+    (_, chips, imports), peak = max(rounds, key=lambda r: r[1])
+    return {
+        "size": size, "dates": len(what.areas[0].datetime), "chips": chips, "peak_bytes": peak,
+        "imports_bytes": imports, "seconds": [seconds for (seconds, *_), _ in rounds],
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+    }  # fmt: skip
+
+
+def _prepare(what: TrainConfig, path: Path) -> tuple[float, int, int]:
+    """Seconds, chips, and the peak before anything was done."""
+    imports = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", S2SegWarning)  # not every class is in every cut
+        start = time.perf_counter()
+        _, chips = prepare(what, path, overwrite=True)
+        return time.perf_counter() - start, len(chips), int(imports[1]) * 1024 if imports else 0
+
+
+# chips per second
+
+
+def delivery(
+    scene: LabelledScene, stores: dict[str, Path], console: Console, batches: int, repeats: int
+) -> dict[str, Any]:
+    """Batches as ``fit`` takes them, with nobody computing, against torchgeo's sampler on the same files."""
+    speeds = {f"s2seg, chips {where}": fresh(_feed, path, batches * 5, repeats)[0] for where, path in stores.items()}
+    theirs = _torchgeo(scene, batches, repeats)
+    best = 0.0
+    table = Table("", "chips/s", "min-max", "of torchgeo's best",
+                  title=f"chips of {SIZE} px, {len(BANDS)} bands and labels, in batches of {BATCH}")  # fmt: skip
+    if theirs is not None:
+        for workers, values in theirs["speeds"].items():
+            speeds[f"torchgeo {theirs['version']}, {workers} workers"] = values
+            best = max(best, statistics.median(values))
+    for name, values in speeds.items():
+        median = statistics.median(values)
+        ratio = f"{median / best:.1f}" if best else "run make bench-peers"
+        table.add_row(name, f"{median:.0f}", f"{min(values):.0f}-{max(values):.0f}", ratio)
+    console.print(table, "goal: 5")
+    return speeds
+
+
+def _feed(path: Path, batches: int, repeats: int) -> list[float]:
+    """Chips per second of several epochs; the clock starts when the first batch is there."""
+    chips = open_chips(path)
+    train = chips.indices("train")
+    plan = EpochPlan(len(train), BATCH, batches + 1)
+    epoch = 0
+    feed = Feed(chips, lambda e: [train[batch] for batch in plan.batches(e)], lambda: epoch)
+    seen = []
+    for epoch in range(repeats):  # noqa: B007  the feed asks for it
+        ready = iter(feed)
+        next(ready)
+        start = time.perf_counter()
+        count = sum(len(images) for images, _ in ready)
+        seen.append(count / (time.perf_counter() - start))
+    return seen
+
+
+def _torchgeo(scene: LabelledScene, batches: int, repeats: int) -> dict[str, Any] | None:
+    """Version, and speeds by number of workers; None where it is not installed."""
+    if not PEERS.exists():
+        return None
+    items = search(scene.catalog, (-180, -80, 180, 80), scene.dates[0])
+    files = [[Path(item.assets[band].href) for band in BANDS] for item in items]
+    task = {
+        "images": [str(of_item[0].parent) for of_item in files], "bands": [file.stem for file in files[0]],
+        "labels": str(scene.labels), "size": SIZE, "batch": BATCH, "batches": batches, "repeats": repeats,
+        "workers": [0, THREADS],
+    }  # fmt: skip
+    command = [str(PEERS), "-W", "ignore", str(PEER)]
+    answer = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(answer.stdout)
+    return result
+
+
+# steps
+
+
+def steps(scene: LabelledScene, store: Path, scratch: Path, console: Console, count: int) -> dict[str, float]:
+    """Where the time of a training step goes, and what ``history.csv`` says of it."""
+    what = config(
+        scene, network={"encoder": "resnet18", "arguments": MEDIUM},
+        fit={"epochs": 2, "steps_per_epoch": count, "batch_size": BATCH, "accelerator": "cpu"},
+    )  # fmt: skip
+    figures: dict[str, float] = fresh(_steps, what, store, scratch / "steps")[0]
+    step = figures["step"]
+    table = Table("", "ms", "of the step", title=f"a training step of {BATCH} chips, {what.network.encoder}, CPU")
+    for name in ("step", "model", "augmentation", "data_wait"):
+        table.add_row(name.replace("_", " "), f"{1e3 * figures[name]:.1f}", f"{figures[name] / step:.4f}")
+    console.print(table, f"data wait in history.csv: {figures['history_wait']:.4f} of an epoch's seconds; goal: 0.95 "
+                         "of the step in the model, which includes its augmentation")  # fmt: skip
+    return figures
+
+
+def _steps(what: TrainConfig, store: Path, folder: Path) -> dict[str, float]:
+    """Mean seconds per step, after the first of each epoch."""
+    ends: dict[int, list[float]] = {}
+    spent: dict[str, list[float]] = {"optimizer_step": [], "_varied": []}
+
+    def tell(progress: Progress) -> None:
+        if progress.row is None:
+            ends.setdefault(progress.epoch, []).append(time.perf_counter())
+
+    with _timed_calls(SegmentationModule, spent):
+        result = fit(what, open_chips(store), folder, on_progress=tell)
+    epochs = len(ends)
+    between = [b - a for times in ends.values() for a, b in itertools.pairwise(times)]
+    number = len(spent["optimizer_step"])
+    training = spent["_varied"][: number // epochs]  # of the first epoch; the validation that follows varies nothing
+    seconds, waited = (sum(row[key] for row in result.history) for key in ("seconds", "data_wait"))
+    return {
+        "step": statistics.mean(between), "model": statistics.mean(spent["optimizer_step"]),
+        "augmentation": statistics.mean(training), "data_wait": waited / number, "history_wait": waited / seconds,
+    }  # fmt: skip
+
+
+@contextmanager
+def _timed_calls(owner: type, spent: dict[str, list[float]]) -> Iterator[None]:
+    """Note the seconds of every call of the owner's methods that ``spent`` names."""
+
+    def timed(method: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*arguments, **named)
+            finally:
+                seconds.append(time.perf_counter() - start)
+
+        return call
+
+    with patch.multiple(owner, **{name: timed(getattr(owner, name), seconds) for name, seconds in spent.items()}):
+        yield
+
+
+# kill and resume
+
+
+def resume(scene: LabelledScene, store: Path, scratch: Path, console: Console, kills: int) -> dict[str, Any]:
+    """Kill a training at random moments, let it go on, and compare it with one that nobody touched."""
+    what = config(
+        scene, network={"arguments": SMALL},
+        fit={"epochs": 4, "steps_per_epoch": 6, "batch_size": 4, "accelerator": "cpu"},
+    )  # fmt: skip
+    total = 4 * 6
+    _train(what, store, scratch / "whole")
+    moments = sorted(random.sample(range(1, total), kills))
+    for moment in moments:
+        _train(what, store, scratch / "killed", kill_at=moment)
+    _train(what, store, scratch / "killed")
+    whole, killed = (load_checkpoint(scratch / name / FOLDER / LAST) for name in ("whole", "killed"))
+    same = all(_same(whole[part], killed[part]) for part in ("state_dict", "optimizer_states", "lr_schedulers"))
+    console.print(
+        f"kill -9 after steps {', '.join(map(str, moments))} of {total}, then resume: "
+        f"same to the bit: {'yes' if same else '[bold red]NO[/]'}"
+    )
+    return {"killed_after": moments, "steps": total, "same_to_the_bit": same}
+
+
+def _train(what: TrainConfig, store: Path, folder: Path, kill_at: int | None = None) -> None:
+    """Train in a new process, on from where an earlier one stopped; kill it within the step after ``kill_at``."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_fit, args=(what, store, folder, theirs))
+    process.start()
+    theirs.close()
+    try:
+        while (step := ours.recv()) != kill_at:
+            last = step
+        time.sleep(random.random() * 0.1)
+        process.kill()  # SIGKILL
+    except EOFError:
+        if kill_at is not None:
+            raise RuntimeError(f"the training ended at step {last}, before it was killed") from None
+    process.join()
+    if kill_at is None and process.exitcode:
+        raise RuntimeError(f"the training ended with {process.exitcode}")
+
+
+def _fit(what: TrainConfig, store: Path, folder: Path, steps_done: Connection) -> None:
+    torch.set_num_threads(THREADS)  # sums round differently with another number
+    warnings.simplefilter("ignore", S2SegWarning)  # the first time there is nothing to resume from
+
+    def tell(progress: Progress) -> None:
+        if progress.row is None:
+            steps_done.send((progress.epoch - 1) * progress.steps + progress.step)
+
+    fit(what, open_chips(store), folder, resume=True, on_progress=tell)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two trees of tensors and plain values are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
