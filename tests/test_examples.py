@@ -15,6 +15,7 @@ import rasterio
 import xarray as xr
 
 import s2seg
+from s2seg.assess import read_scores
 from s2seg.models import import_csmask
 from s2seg.pipeline import MapOptions, map_area
 from s2seg.testing import SyntheticRegion
@@ -63,6 +64,18 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     printed = script("demo.py", tmp_path / "demo", "--size", 384, "--epochs", 1)
     assert "overall accuracy" in printed
     assert (tmp_path / "demo" / "map" / "quicklook.png").stat().st_size > 10_000
+
+
+def test_ready_cut_tiles_of_both_kinds(tmp_path: Path) -> None:
+    """Every labelled pixel of every test tile counts once, though chips overlap."""
+    printed = script("train_from_tiles.py", "--output", tmp_path, "--size", 384, "--epochs", 1)
+    assert printed.count("overall accuracy") == 2
+    for kind, classes in (("pictures", 6), ("geotiffs", 7)):
+        model = tmp_path / kind / "model"
+        assert (model / "split.png").stat().st_size > 5_000
+        (scores,) = read_scores(model / "scores_test.json").values()
+        assert (len(scores.legend), scores.support.sum() % 128**2, scores.coverage) == (classes, 0, 1)
+    script("train_from_tiles.py", "--help")
 
 
 @pytest.mark.real_data

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
-from s2seg.assess.confusion import Confusion, confusion, confusion_of
+from s2seg.assess.confusion import Confusion, confusion_of
 from s2seg.assess.forest import Forest, fit_forest
+from s2seg.assess.pictures import Comparison, write_comparison, write_confusion
 from s2seg.assess.scores import Scores, write_scores
 from s2seg.errors import InputError
 from s2seg.inference import predict
+from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
-from s2seg.models.runtimes import open_session
 from s2seg.training.chips import ChipStore
-from s2seg.training.regions import Region
+from s2seg.training.cutting import Place
 from s2seg.training.splits import PARTS
 
 _FOREST_CHIPS = 4000
@@ -27,8 +27,6 @@ _FOREST_CHIPS = 4000
 
 _SHOWN = 4
 """Places in the picture."""
-
-_BATCH = 16
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total."""
@@ -49,27 +47,17 @@ class Evaluation:
     confusions
         Name of a model -> counts over all labelled pixels of the part.
     pictures
-        What :func:`s2seg.assess.pictures.write_comparison` draws.
+        Windows of the part, for :func:`s2seg.assess.pictures.write_comparison`.
     """
 
     part: str
     confusions: Mapping[str, Confusion]
-    pictures: Sequence[Place]
+    pictures: Sequence[Comparison]
 
     @property
     def scores(self) -> dict[str, Scores]:
         """Name of a model -> its scores."""
         return {name: Scores(counts) for name, counts in self.confusions.items()}
-
-
-@dataclass(frozen=True)
-class Place:
-    """A window of the part: (band, y, x) pixels, (y, x) labels, and each model's (y, x) codes."""
-
-    image: xr.DataArray
-    truth: npt.NDArray[np.uint8]
-    predictions: Mapping[str, npt.NDArray[np.uint8]]
-    caption: str
 
 
 def baseline(chips: ChipStore, seed: int = 0) -> Forest:
@@ -91,15 +79,13 @@ def baseline(chips: ChipStore, seed: int = 0) -> Forest:
 def evaluate(
     model: ModelBundle,
     chips: ChipStore,
-    regions: Sequence[Region],
+    regions: Sequence[Place],
     *,
     part: str = "test",
     forest: Forest | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Map every region as :func:`s2seg.predict` does, and count the labelled pixels of one part of the split.
-
-    Ready-cut tiles have no region around them: their chips are classified one by one.
 
     Parameters
     ----------
@@ -108,7 +94,7 @@ def evaluate(
     chips
         The store that the model was trained on; it knows the windows of each part.
     regions
-        The regions of that store, in its order; none for ready-cut tiles.
+        The regions or tiles of that store, in its order.
     part
         ``test``, ``validation`` or ``train``.
     forest
@@ -130,80 +116,46 @@ def evaluate(
     if not len(chips.indices(part)):
         raise InputError(f"the split has no chips for {part}: give it a share in split.fractions")
     report = on_progress or silent
-    if regions:
-        return _of_regions(model, chips, regions, part, forest, report)
-    return _of_chips(model, chips, part, forest, report)
-
-
-def _of_regions(
-    model: ModelBundle, chips: ChipStore, regions: Sequence[Region], part: str, forest: Forest | None, report: Progress
-) -> Evaluation:
-    names = ["U-Net" if model.spec.architecture["name"] == "Unet" else str(model.spec.architecture["name"])]
-    names += ["forest"] if forest else []
     counts: dict[str, Confusion] = {}
-    maps: list[dict[str, xr.DataArray]] = []
+    maps: dict[int, dict[str, xr.DataArray]] = {}
     for index, region in enumerate(regions):
-        lazy = [predict(region.scene, model).land_cover]
-        if forest:
-            lazy.append(forest.predict(region.scene))
-        maps.append(dict(zip(names, lazy, strict=True)))
+        report("evaluate", index + 1, len(regions))
         asked = region.split == PARTS.index(part) + 1
-        for name, prediction in maps[-1].items():
-            step = partial(report, f"{name}, {region.name} {region.date}")
-            found = confusion_of(region.labels, prediction, chips.legend, where=asked, on_progress=step)
-            counts[name] = counts[name] + found if index else found
-    places = [_place(chips, i, regions, maps) for i in _telling(chips, part)]
-    return Evaluation(part, counts, places)
+        if not bool(asked.any()):
+            continue  # nothing of it is in this part
+        maps[index] = {_name(model): predict(region.scene, model).land_cover}
+        if forest:
+            maps[index]["forest"] = forest.predict(region.scene)
+        for name, found in _count(region, maps[index], asked, chips.legend, report):
+            counts[name] = counts[name] + found if name in counts else found
+    shown = [(chip, int(chips.origin[chip, 0])) for chip in _telling(chips, part)]
+    return Evaluation(part, counts, [_picture(chips, chip, regions[i], maps[i]) for chip, i in shown])
 
 
-def _place(chips: ChipStore, chip: int, regions: Sequence[Region], maps: Sequence[Mapping[str, xr.DataArray]]) -> Place:
-    index, row, col = (int(v) for v in chips.origin[chip])
-    region, side = regions[index], int(chips.size[chip])
-    at = {"y": slice(row, row + side), "x": slice(col, col + side)}
-    return Place(
+def _name(model: ModelBundle) -> str:
+    name = str(model.spec.architecture["name"])
+    return "U-Net" if name.lower() == "unet" else name
+
+
+def _count(
+    region: Place, maps: Mapping[str, xr.DataArray], asked: xr.DataArray, legend: Legend, report: Progress
+) -> Iterator[tuple[str, Confusion]]:
+    for name, codes in maps.items():
+        # a tile is done in a moment: its number will do
+        step = partial(report, f"{name}, {region.name} {region.date}") if region.date else None
+        yield name, confusion_of(region.labels, codes, legend, where=asked, on_progress=step)
+
+
+def _picture(chips: ChipStore, chip: int, region: Place, maps: Mapping[str, xr.DataArray]) -> Comparison:
+    _, row, col = (int(v) for v in chips.origin[chip])
+    at = {"y": slice(row, row + int(chips.size[chip])), "x": slice(col, col + int(chips.size[chip]))}
+    where = [region.name, *([region.date] if region.date else []), f"row {row}", f"column {col}"]
+    return Comparison(
         image=region.scene.isel(at).compute(),
         truth=region.labels.isel(at).values,
-        predictions={name: codes.isel(at).values for name, codes in maps[index].items()},
-        caption=f"{region.name}, {region.date}, row {row}, column {col}",
+        predictions={name: codes.isel(at).values for name, codes in maps.items()},
+        caption=", ".join(where),
     )
-
-
-def _of_chips(model: ModelBundle, chips: ChipStore, part: str, forest: Forest | None, report: Progress) -> Evaluation:
-    name = str(model.spec.architecture["name"])
-    session = open_session(model)
-    counts: dict[str, Confusion] = {}
-    indices = chips.indices(part)
-    for start in range(0, len(indices), _BATCH):
-        batch = indices[start : start + _BATCH]
-        images, labels = chips.images(batch), chips.labels(batch)
-        answers = {name: session.classify(images, 0, frozenset({"class"}))["class"]}
-        if forest:
-            answers["forest"] = _classify(forest, images)
-        for who, codes in answers.items():
-            found = confusion(labels, _without_nodata(codes, images, chips.legend.nodata), chips.legend)
-            counts[who] = counts[who] + found if who in counts else found
-        report("evaluate", start + len(batch), len(indices))
-    places = []
-    for chip in _telling(chips, part):
-        images = chips.images(chip)
-        predictions = {name: session.classify(images, 0, frozenset({"class"}))["class"][0]}
-        if forest:
-            predictions["forest"] = _classify(forest, images)[0]
-        image = xr.DataArray(images[0], dims=("band", "y", "x"), coords={"band": list(chips.bands)})
-        places.append(Place(image, chips.labels(chip)[0], predictions, str(chips.area[chip])))
-    return Evaluation(part, counts, places)
-
-
-def _classify(forest: Forest, images: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
-    n, bands, height, width = images.shape
-    tall = images.transpose(1, 0, 2, 3).reshape(bands, n * height, width)
-    codes = forest.predict(xr.DataArray(tall, dims=("band", "y", "x")).chunk()).values
-    answer: npt.NDArray[np.uint8] = codes.reshape(n, height, width)
-    return answer
-
-
-def _without_nodata(codes: npt.NDArray[np.uint8], images: npt.NDArray[np.uint16], nodata: int) -> npt.NDArray[np.uint8]:
-    return np.where((images != 0).all(axis=1), codes, np.uint8(nodata))
 
 
 def _telling(chips: ChipStore, part: str) -> list[int]:
@@ -244,17 +196,13 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, title: str) -> 
     OutputError
         If a file cannot be written.
     """
-    from s2seg.assess.pictures import Comparison, write_comparison, write_confusion
-
     folder, part = Path(folder), evaluation.part
     written = [write_scores(folder / f"scores_{part}.json", evaluation.scores, overwrite=True)]
     for name, counts in evaluation.confusions.items():
         picture = folder / f"confusion_{part}_{name.lower()}.png"
         written.append(write_confusion(picture, counts, f"{title}: {name}, {part} part", overwrite=True))
-    rows = [Comparison(p.image, p.truth, p.predictions, p.caption) for p in evaluation.pictures]
     legend = next(iter(evaluation.confusions.values())).legend
     maps = folder / f"maps_{part}.png"
-    written.append(
-        write_comparison(maps, rows, legend, title, subtitle=f"{part} part, never trained on", overwrite=True)
-    )
+    subtitle = f"{part} part" if part == "train" else f"{part} part, never trained on"
+    written.append(write_comparison(maps, evaluation.pictures, legend, title, subtitle=subtitle, overwrite=True))
     return written

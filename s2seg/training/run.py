@@ -9,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from s2seg.assess.pictures import write_curves
 from s2seg.assess.scores import Scores
 from s2seg.errors import InputError, OutputError
 from s2seg.models.bundle import SPEC_FILE, ModelBundle, load_model, save_bundle
 from s2seg.outputs._files import check_writable, replacing, writing
 from s2seg.training.chips import ChipStore, open_chips, write_chips
-from s2seg.training.config import TrainConfig, load_config
+from s2seg.training.config import TilesConfig, TrainConfig, load_config
 from s2seg.training.cutting import Place
 from s2seg.training.evaluate import Evaluation, Progress, baseline, evaluate, silent, write_evaluation
 from s2seg.training.fit import FitResult, fit
 from s2seg.training.fit import Progress as FitProgress
-from s2seg.training.regions import Region, chip_spec, open_regions, split_spec, warn_of_empty_classes
-from s2seg.training.split_map import draw_split
+from s2seg.training.regions import chip_spec, open_regions, split_spec, warn_of_empty_classes
+from s2seg.training.split_map import draw_split, draw_tiles
 from s2seg.training.splits import PARTS, check_split
 from s2seg.training.tiles import Tile, TileSpec, read_tiles
 
@@ -49,8 +50,8 @@ class TrainResult:
 
 def prepare(
     config: TrainConfig, path: str | Path, *, overwrite: bool = False, on_progress: Progress | None = None
-) -> tuple[list[Region], ChipStore]:
-    """Open the regions, and their chips; cut these if they are not there yet.
+) -> tuple[Sequence[Place], ChipStore]:
+    """Open the regions or tiles, and their chips; cut these if they are not there yet.
 
     Parameters
     ----------
@@ -70,24 +71,23 @@ def prepare(
     """
     path, report = Path(path), on_progress or silent
     fingerprint = config.fingerprint("data")
-    regions = open_regions(config, lambda done, total: report("search", done, total))
+    places: Sequence[Place]
+    if config.tiles is not None:
+        places = _tiles(config, config.tiles)
+    else:
+        places = open_regions(config, lambda done, total: report("search", done, total))
     if path.exists() and not overwrite:
-        return regions, open_chips(path, fingerprint)
-    places: Sequence[Place] = regions or _tiles(config)
+        return places, open_chips(path, fingerprint)
     warn_of_empty_classes(check_split(places, config.legend, split_spec(config).required), config)
     chips = write_chips(
         places, path, config.legend, chip_spec(config), fingerprint=fingerprint, bands=config.channels,
         overwrite=overwrite, on_progress=lambda done, total: report("chips", done, total),
     )  # fmt: skip
-    return regions, chips
+    return places, chips
 
 
-def _tiles(config: TrainConfig) -> list[Tile]:
-    if config.tiles is None:
-        return []
-    spec = TileSpec(
-        Path(config.tiles.images), Path(config.tiles.labels), colors=config.tiles.colors, remap=config.tiles.remap
-    )
+def _tiles(config: TrainConfig, tiles: TilesConfig) -> list[Tile]:
+    spec = TileSpec(Path(tiles.images), Path(tiles.labels), colors=tiles.colors, remap=tiles.remap)
     return read_tiles(spec, config.legend, config.bands, fractions=config.split.fractions, seed=config.split.seed)
 
 
@@ -170,22 +170,22 @@ def train(
     """
     folder, report = Path(output), on_progress or silent
     _check_folder(folder, config, resume, overwrite)
-    regions, store = prepare(config, chips or folder / CHIPS, overwrite=overwrite and not resume and chips is None,
+    places, store = prepare(config, chips or folder / CHIPS, overwrite=overwrite and not resume and chips is None,
                              on_progress=on_progress)  # fmt: skip
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / CONFIG_FILE) as partial:
             partial.write_text(config.to_yaml())
-    if regions:
-        draw_split(regions, folder / "split.png", config.legend, overwrite=True)
+    if config.tiles is None:
+        draw_split(places, folder / "split.png", config.legend, overwrite=True)
+    else:
+        draw_tiles(store, folder / "split.png", overwrite=True)
 
     def step(progress: FitProgress) -> None:
         done = (progress.epoch - 1) * progress.steps + progress.step
         report("train", done, progress.epochs * progress.steps)
 
     fitted = fit(config, store, folder, resume=resume, on_progress=step)
-    from s2seg.assess.pictures import write_curves
-
     write_curves(folder / "curves.png", fitted.history, config.name, overwrite=True)
     scratch = folder / ".bundle"
     try:
@@ -193,7 +193,7 @@ def train(
         model = save_bundle(scratch, fitted.spec, weights, overwrite=True)
         test = None
         if len(store.indices("test")):
-            test = evaluate(model, store, regions, part="test", on_progress=on_progress)
+            test = evaluate(model, store, places, part="test", on_progress=on_progress)
             write_evaluation(test, folder, config.name)
             spec = replace(fitted.spec, metrics={**fitted.spec.metrics, "test": _summary(test)})
             model = save_bundle(scratch, spec, weights, overwrite=True)
@@ -276,7 +276,7 @@ def evaluate_model(
         raise InputError(f"there is no part {part!r}: choose {', '.join(PARTS)}")
     settings = load_config(config or own, overrides)
     store_path = chips or (bundle.folder if config is None else folder) / CHIPS
-    regions, store = prepare(settings, store_path, on_progress=on_progress)
+    places, store = prepare(settings, store_path, on_progress=on_progress)
     forest = baseline(store, settings.fit.seed) if with_baseline else None
-    result = evaluate(bundle, store, regions, part=part, forest=forest, on_progress=on_progress)
+    result = evaluate(bundle, store, places, part=part, forest=forest, on_progress=on_progress)
     return result, write_evaluation(result, folder, bundle.spec.name)

@@ -12,8 +12,9 @@ from matplotlib.colors import to_hex, to_rgb
 
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable
-from s2seg.outputs._page import BLANK, FAINT, MARGIN, Image, Key, Page, Swatch, colored, fit
+from s2seg.outputs._page import BLANK, EDGE, FAINT, MARGIN, Image, Key, Page, Swatch, colored, fit
 from s2seg.outputs.quicklook import thumbnail
+from s2seg.training.chips import ChipStore
 from s2seg.training.cutting import Place
 from s2seg.training.splits import PARTS
 
@@ -23,6 +24,7 @@ _DIMMED = 0.5  # how far the labels fade to white
 _SIDE = 1000  # pixels of a panel
 _PANELS, _COLUMNS = 12, 3
 _GAP, _NAMES = 0.25, 0.42  # inches between panels, and above each one
+_BAR, _BAR_ROW = 7.0, 0.62  # width of a bar of classes, and height of its row
 _LEAST = 3.3  # inches that the text above a panel needs
 
 Codes = npt.NDArray[np.uint8]
@@ -80,6 +82,48 @@ def draw_split(regions: Sequence[Place], path: str | Path, legend: Legend, *, ov
         y += height
     key.draw(page, MARGIN, y)
     return page.save(path)
+
+
+def draw_tiles(chips: ChipStore, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Draw the split of ready-cut tiles: how many each part has, and a bar of its classes.
+
+    Parameters
+    ----------
+    chips
+        What was cut from the tiles.
+    path
+        Where the PNG goes.
+    overwrite
+        Replace what stands at ``path``.
+
+    Returns
+    -------
+    Path
+        The path.
+
+    Raises
+    ------
+    OutputError
+        If the path exists or cannot be written.
+    """
+    path = check_writable(path, overwrite=overwrite)
+    key = Key([Swatch(c.name, c.color) for c in chips.legend], _BAR)
+    page = Page(_BAR + 2 * MARGIN, MARGIN + len(PARTS) * _BAR_ROW + key.height + MARGIN)
+    for row, part in enumerate(PARTS):
+        y, indices = MARGIN + row * _BAR_ROW, chips.indices(part)
+        tiles = len(set(chips.area[indices]))
+        page.text(MARGIN, y, f"{part}: {tiles} tiles, {len(indices)} chips")
+        _bar(page, y + 0.2, chips.histogram[indices].sum(axis=0), chips.legend)
+    key.draw(page, MARGIN, MARGIN + len(PARTS) * _BAR_ROW)
+    return page.save(path)
+
+
+def _bar(page: Page, y: float, pixels: npt.NDArray[np.int64], legend: Legend) -> None:
+    """Draw each class as wide as its share."""
+    widths = pixels * (_BAR / max(pixels.sum(), 1))
+    for color, width, right in zip(legend.colors, widths, np.cumsum(widths), strict=True):
+        page.box(MARGIN + float(right - width), y, float(width), 0.25, color)
+    page.box(MARGIN, y, _BAR, 0.25, "none", EDGE)
 
 
 def _panel(area: Place, side: float) -> _Panel:

@@ -231,7 +231,8 @@ def _tile(name: str, image: Path, mask: Path, part: str, codes: _Codes, bands: S
     labels = da.from_delayed(
         delayed(_read_mask, pure=True)(mask, codes, dask_key_name=f"mask-{token}"), shape, np.uint8
     )
-    coords = {"y": np.arange(shape[0]) + 0.5, "x": np.arange(shape[1]) + 0.5}
+    coords: dict[str, Any] = {"y": np.arange(shape[0]) + 0.5, "x": np.arange(shape[1]) + 0.5}
+    coords["spatial_ref"] = 0  # a grid without a CRS: predictions hand it on
     truth = xr.DataArray(labels, dims=("y", "x"), coords=coords)
     return Tile(
         name=name,

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib.image import imread
 
 from s2seg.assess.confusion import Confusion
 from s2seg.assess.pictures import Comparison, write_comparison, write_confusion, write_curves
 from s2seg.errors import InputError, OutputError
 from s2seg.legend import LandClass, Legend
+from tests.pictures import pixels
 
 LEGEND = Legend(
     "four",
@@ -21,10 +21,6 @@ LEGEND = Legend(
     nodata=255,
 )
 BANDS = ("blue", "green", "red", "nir")
-
-
-def pixels(path):
-    return (imread(path)[..., :3] * 255).round().astype(int)
 
 
 def share(picture, color):

@@ -2,7 +2,6 @@ import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib.image import imread
 from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 
@@ -10,15 +9,12 @@ from s2seg.errors import OutputError
 from s2seg.legend import Legend
 from s2seg.outputs.quicklook import class_shares, thumbnail, write_quicklook, write_quicklook_series
 from tests.outputs.conftest import codes, grid
+from tests.pictures import pixels
 
 
 def as_map(values, **coords):
     dims = ("time", "band", "y", "x")[4 - values.ndim :] if "band" in coords else ("time", "y", "x")[3 - values.ndim :]
     return xr.DataArray(values, dims=dims, coords=xr_coords(grid(*values.shape[-2:])) | coords)
-
-
-def pixels(path):
-    return (imread(path)[..., :3] * 255).round().astype(int)
 
 
 def where(picture, color):

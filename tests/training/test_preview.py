@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
 from s2seg.errors import OutputError
 from s2seg.legend import Legend
 from s2seg.training.augment import Augment, AugmentSpec
 from s2seg.training.preview import write_preview
+from tests.pictures import pixels
 
 LEGEND = Legend.load("dynamic-world")  # its nodata is 255, and 0 is a class
 WATER, BUILT = 0, 6
@@ -19,10 +19,6 @@ def chips(n=3, size=64, bands=4):
     labels[:, :8] = LEGEND.nodata
     images[:, :, :, :8] = 0
     return images, labels
-
-
-def pixels(path):
-    return (imread(path)[..., :3] * 255).round().astype(int)
 
 
 def count(picture, code):

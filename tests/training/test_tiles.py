@@ -10,8 +10,10 @@ from PIL import Image
 
 from s2seg.errors import InputError, S2SegWarning
 from s2seg.training.chips import ChipSpec, write_chips
+from s2seg.training.split_map import draw_tiles
 from s2seg.training.splits import PARTS, check_split
 from s2seg.training.tiles import TileSpec, read_tiles
+from tests.pictures import pixels
 
 RGB = ("red", "green", "blue")
 CODES = np.arange(40 * 50).reshape(40, 50) // 7 % 4  # 0 is nodata
@@ -131,6 +133,9 @@ def test_sub_folders_are_the_split(folders, legend, tmp_path):
     chips = write_chips(tiles, tmp_path / "chips", legend, spec, fingerprint="x", bands=RGB)
     assert [len(chips.indices(p)) for p in PARTS] == [8, 4, 4]
     assert set(chips.area[chips.indices("validation")]) == {"val/a"}
+    drawn = pixels(draw_tiles(chips, tmp_path / "split.png"))
+    shares = [(drawn == c.rgb).all(-1).sum() for c in legend]  # three bars, each with the classes in equal parts
+    assert 50_000 < min(shares) <= max(shares) < 1.2 * min(shares)
     many(folders, ["stray"])
     with pytest.raises(InputError, match="sub-folders train, validation, test and others do not"):
         read_tiles(folders, legend, RGB)
