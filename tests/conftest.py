@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import dask
@@ -10,6 +11,9 @@ import pytest
 matplotlib.use("Agg")
 os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR")  # no directory scans, no sidecar surprises
 os.environ.setdefault("CPL_LOG", os.devnull)  # GDAL's own chatter; what matters comes as an exception
+
+_cache = tempfile.TemporaryDirectory(prefix="s2seg-cache-")  # gone when the tests end
+os.environ["S2SEG_CACHE"] = _cache.name  # networks converted by tests are nobody's
 
 
 @pytest.fixture(autouse=True, scope="session")

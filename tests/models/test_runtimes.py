@@ -23,6 +23,7 @@ from s2seg.models import (
 )
 from s2seg.models import runtimes as runtimes_module
 from s2seg.models.runtimes import LAYERS
+from s2seg.models.runtimes.openvino import OpenVinoSession
 from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
 
 CODES = np.array(LEGEND.codes, np.uint8)
@@ -58,9 +59,10 @@ def fixed(onnx_fixed, facts, tmp_path_factory):
     return import_onnx(onnx_fixed, tmp_path_factory.mktemp("fixed") / "m", **facts)
 
 
-@pytest.fixture(params=["torch", "onnxruntime"])
+@pytest.fixture(params=["torch", "openvino", "onnxruntime", "openvino of onnx"])
 def session(request, bundle, free):
-    return open_session(bundle if request.param == "torch" else free)
+    runtime = request.param.split()[0]
+    return open_session(bundle if request.param in ("torch", "openvino") else free, runtime)
 
 
 def test_layers_against_a_plain_computation(session, spec, network):
@@ -115,21 +117,22 @@ def test_input_is_left_alone(session):
 
 def test_onnxruntime_agrees_with_torch(bundle, free):
     dn = smooth_pixels(6, n=4)
-    assert_layers_agree(open_session(free).classify(dn, 0, ALL), open_session(bundle).classify(dn, 0, ALL))
+    assert_layers_agree(open_session(free).classify(dn, 0, ALL), open_session(bundle, "torch").classify(dn, 0, ALL))
 
 
 def test_bfloat16_agrees_with_float32(bundle):
     dn = smooth_pixels(7, n=8)
-    full = open_session(bundle).classify(dn, 32, ALL)
-    half = open_session(bundle, precision="bfloat16").classify(dn, 32, ALL)
+    full = open_session(bundle, "torch").classify(dn, 32, ALL)
+    half = open_session(bundle, "torch", precision="bfloat16").classify(dn, 32, ALL)
     assert np.mean(half["class"] == full["class"]) >= 0.995
     difference = np.abs(half["confidence"].astype(int) - full["confidence"])
     assert difference.mean() < 0.5
     assert difference.max() > 0  # it is another arithmetic
 
 
-def test_fixed_window_and_batch_of_one(fixed, spec, network):
-    session = open_session(fixed)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_fixed_window_and_batch_of_one(fixed, spec, network, runtime):
+    session = open_session(fixed, runtime)
     assert (fixed.spec.window, fixed.spec.depth, fixed.spec.stride) == (64, 0, 32)
     dn = smooth_pixels(8, n=3, side=64)
     assert_layers_agree(session.classify(dn, 0, ALL), expected_layers(expected_probabilities(spec, network, dn)))
@@ -137,29 +140,38 @@ def test_fixed_window_and_batch_of_one(fixed, spec, network):
         session.classify(smooth_pixels(8), 0, ALL)
 
 
-def test_fixed_batch_of_two(network, spec, facts, tmp_path):
-    session = open_session(import_onnx(export(network, tmp_path / "n.onnx", batch=2), tmp_path / "m", **facts))
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_fixed_batch_of_two(network, spec, facts, tmp_path, runtime):
+    session = open_session(import_onnx(export(network, tmp_path / "n.onnx", batch=2), tmp_path / "m", **facts), runtime)
     for n in (1, 2, 3):
         dn = smooth_pixels(9, n=n, side=64)
         np.testing.assert_allclose(session.probabilities(dn), expected_probabilities(spec, network, dn), atol=1e-4)
 
 
-def test_a_network_that_answers_probabilities(network, spec, facts, tmp_path):
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_network_that_answers_probabilities(network, spec, facts, tmp_path, runtime):
     file = export(torch.nn.Sequential(network, torch.nn.Softmax(dim=1)).eval(), tmp_path / "n.onnx", dynamic=True)
-    session = open_session(import_onnx(file, tmp_path / "m", **facts, activation="probabilities"))
+    session = open_session(import_onnx(file, tmp_path / "m", **facts, activation="probabilities"), runtime)
     dn = smooth_pixels(10)
     assert_layers_agree(session.classify(dn, 0, ALL), expected_layers(expected_probabilities(spec, network, dn)))
 
 
-def test_broken_weights_do_not_make_a_map(spec, network, tmp_path, facts):
+def test_broken_weights_do_not_make_a_map(spec, network, tmp_path, free):
     weights = {name: values.clone() for name, values in network.state_dict().items()}
     weights["segmentation_head.0.bias"][1] = torch.nan
-    session = open_session(save_bundle(tmp_path / "m", spec, weights))
-    for layers in (frozenset(["class"]), ALL):
+    broken = build_network(spec)
+    broken.load_state_dict(weights)
+    foreign = export(broken.eval(), tmp_path / "n.onnx", dynamic=True)
+    for session in (
+        open_session(save_bundle(tmp_path / "m", spec, weights), "torch"),
+        # import_onnx would see it: the weights broke later
+        OpenVinoSession(replace(free, folder=foreign.rename(tmp_path / "model.onnx").parent), "cpu", "float32"),
+    ):
+        for layers in (frozenset(["class"]), ALL):
+            with pytest.raises(ModelError, match="answers with NaN"):
+                session.classify(smooth_pixels(11, side=64), 0, layers)
         with pytest.raises(ModelError, match="answers with NaN"):
-            session.classify(smooth_pixels(11, side=64), 0, layers)
-    with pytest.raises(ModelError, match="answers with NaN"):
-        session.probabilities(smooth_pixels(11, side=64))
+            session.probabilities(smooth_pixels(11, side=64))
 
 
 def test_summarize_by_hand():
@@ -193,10 +205,11 @@ def test_weights_for_another_encoder(other_spec, network, tmp_path):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"runtime": "tensorflow"}, "unknown runtime 'tensorflow': auto, torch, onnxruntime"),
-        ({"runtime": "onnxruntime"}, "weights.safetensors does not run on onnxruntime: use runtime 'torch'"),
+        ({"runtime": "tensorflow"}, "unknown runtime 'tensorflow': auto, torch, openvino, onnxruntime"),
+        ({"runtime": "onnxruntime"}, "do not run on onnxruntime: use runtime 'torch' or"),
         ({"precision": "int8"}, "unknown precision 'int8'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"runtime": "openvino", "device": "cuda"}, "OpenVINO runs on 'cpu' here, not on 'cuda': use runtime 'torch'"),
         ({"device": "cuda:99"}, "torch sees no device 'cuda:99' here: use device 'cpu'"),
     ],
 )
@@ -213,26 +226,31 @@ def test_onnx_choices_that_cannot_be_had(free):
 
 
 def test_a_runtime_that_is_not_installed(bundle, monkeypatch):
+    monkeypatch.setattr(runtimes_module, "_by_request", {})
     monkeypatch.setitem(runtimes_module._MODULES, "torch", ("no_such_module",))
+    monkeypatch.setitem(runtimes_module._MODULES, "openvino", ("no_such_module",))
     assert available_runtimes() == ("onnxruntime",)
-    with pytest.raises(ModelError, match=r"needs torch, which is not installed: pip install 's2seg\[torch\]'"):
-        open_session(bundle)
+    for runtime in ("torch", "openvino"):
+        says = rf"needs {runtime}, which is not installed: pip install 's2seg\[{runtime}\]'"
+        with pytest.raises(ModelError, match=says):
+            open_session(bundle, runtime)
 
 
 def test_a_network_that_would_leave_seams_is_noticed(other_spec, tmp_path):
     pooling = other_spec(architecture={"name": "Unet", "encoder": "tu-mobilenetv3_small_050"})
     weights = build_network(pooling).state_dict()
     with pytest.warns(S2SegWarning, match="save the bundle with global_context=True"):
-        open_session(save_bundle(tmp_path / "m", pooling, weights))
-    open_session(save_bundle(tmp_path / "n", replace(pooling, global_context=True), weights))
+        open_session(save_bundle(tmp_path / "m", pooling, weights), "torch")
+    open_session(save_bundle(tmp_path / "n", replace(pooling, global_context=True), weights), "torch")
 
 
 def test_one_session_per_process(bundle, tmp_path, spec, network):
     first = open_session(bundle)
-    assert first.name == "torch cpu float32"
-    assert open_session(bundle, "torch", "cpu", "float32") is first
+    assert first.name == "openvino cpu float32"
+    assert open_session(bundle, "openvino", "cpu", "float32") is first
     assert open_session(load_model(bundle.path)) is first
-    assert open_session(bundle, precision="bfloat16") is not first
+    assert open_session(bundle, "torch") is not first
+    assert open_session(bundle, "torch") is not open_session(bundle, "torch", precision="bfloat16")
     elsewhere = save_bundle(tmp_path / "copy", spec, network.state_dict())
     assert open_session(elsewhere) is first  # the same content under another path
 

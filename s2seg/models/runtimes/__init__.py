@@ -1,18 +1,21 @@
-"""Run a model: one Protocol, with torch and onnxruntime behind it, and one session per process for each model."""
+"""Run a model: one Protocol, with torch, OpenVINO and onnxruntime behind it; one session per process and model."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import threading
+import warnings
 from collections.abc import Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from s2seg.errors import ModelError
+from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models.bundle import ModelBundle, load_model
 from s2seg.models.runtimes.answers import LAYERS, summarize
 
@@ -21,12 +24,23 @@ __all__ = [
     "Session",
     "SessionRef",
     "available_runtimes",
+    "choose_session",
     "open_session",
     "summarize",
 ]
 
-_MODULES = {"torch": ("torch", "segmentation_models_pytorch"), "onnxruntime": ("onnxruntime",)}
-_EXTRAS = {"torch": "pip install 's2seg[torch]'", "onnxruntime": "pip install onnxruntime"}
+_MODULES = {
+    "torch": ("torch", "segmentation_models_pytorch"),
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnxruntime",),
+}
+_EXTRAS = {
+    "torch": "pip install 's2seg[torch]'",
+    "openvino": "pip install 's2seg[openvino]'",
+    "onnxruntime": "pip install onnxruntime",
+}
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""What Linux shows where there is a driver for NVIDIA's or AMD's GPUs, or WSL's for either."""
 
 
 class Session(Protocol):
@@ -34,7 +48,7 @@ class Session(Protocol):
 
     @property
     def name(self) -> str:
-        """Runtime, device and precision, such as ``torch cpu float32``."""
+        """Runtime, device and precision, such as ``openvino cpu float32``."""
 
     def classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
@@ -99,12 +113,18 @@ def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto
     bundle
         From :func:`s2seg.load_model`.
     runtime
-        ``torch``, ``onnxruntime`` or ``auto``: onnxruntime for an ONNX bundle, torch for the others.
+        ``torch``, ``openvino``, ``onnxruntime`` or ``auto``. ``auto`` takes onnxruntime for an ONNX bundle; for the
+        others torch on a GPU, and on a CPU OpenVINO where it is installed and can convert the network, else torch.
     device
         ``cpu``, ``cuda``, ``cuda:1`` or ``auto``: the first CUDA device that the runtime sees, else the CPU.
     precision
-        ``float32``, also for ``auto``, so that a map does not depend on the machine; or ``bfloat16`` (torch), about
-        2.7 times as fast on a CPU with AMX, where about one pixel in a thousand gets another class.
+        ``float32``, also for ``auto``, so that a map does not depend on the machine; or ``bfloat16`` (torch and
+        OpenVINO), about 2.7 times as fast on a CPU with AMX, where about one pixel in a thousand gets another class.
+
+    Warns
+    -----
+    S2SegWarning
+        When ``auto`` wanted OpenVINO and had to fall back on torch: says why.
 
     Raises
     ------
@@ -112,16 +132,20 @@ def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto
         When the runtime is unknown, not installed (with the command that installs it) or cannot run this bundle,
         or when the device or precision is not to be had.
     """
-    runtime = _choose_runtime(bundle, runtime)
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ModelError(bundle.path, f"unknown precision {precision!r}: float32 or bfloat16")
+    return choose_session(bundle, runtime, device, precision)[0]
+
+
+def choose_session(
+    bundle: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto"
+) -> tuple[Session, str]:
+    """Do as :func:`open_session`; return the session, and why it is this one, for people and for the record."""
+    _check_names(bundle.path, runtime, device, precision)
     precision = "float32" if precision == "auto" else precision
     with _lock:
-        device = _choose_device(bundle, runtime, device)
-        key = (bundle.sha256, runtime, device, precision)
-        if key not in _sessions:
-            _sessions[key] = _make(bundle, runtime, device, precision)
-        return _sessions[key]
+        request = (bundle.sha256, runtime, device, precision)
+        if request not in _by_request:
+            _by_request[request] = _choose(bundle, runtime, device, precision)
+        return _by_request[request]
 
 
 def available_runtimes() -> tuple[str, ...]:
@@ -131,6 +155,7 @@ def available_runtimes() -> tuple[str, ...]:
 
 _lock = threading.RLock()
 _sessions: dict[tuple[str, str, str, str], Session] = {}
+_by_request: dict[tuple[str, str, str, str], tuple[Session, str]] = {}
 _by_ref: dict[SessionRef, Session] = {}
 
 
@@ -138,20 +163,66 @@ def _installed(runtime: str) -> bool:
     return all(importlib.util.find_spec(module) for module in _MODULES[runtime])
 
 
-def _choose_runtime(bundle: ModelBundle, runtime: str) -> str:
-    needed: str = "onnxruntime" if bundle.is_onnx else "torch"
+def _check_names(path: str, runtime: str, device: str, precision: str) -> None:
     if runtime not in ("auto", *_MODULES):
-        raise ModelError(bundle.path, f"unknown runtime {runtime!r}: auto, {', '.join(_MODULES)}")
-    if runtime not in ("auto", needed):
-        raise ModelError(bundle.path, f"{bundle.spec.weights_file} does not run on {runtime}: use runtime {needed!r}")
-    if not _installed(needed):
-        raise ModelError(bundle.path, f"needs {needed}, which is not installed: {_EXTRAS[needed]}")
-    return needed
+        raise ModelError(path, f"unknown runtime {runtime!r}: auto, {', '.join(_MODULES)}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ModelError(path, f"unknown device {device!r}: auto, cpu, cuda or cuda:1")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ModelError(path, f"unknown precision {precision!r}: float32 or bfloat16")
+
+
+def _choose(bundle: ModelBundle, runtime: str, device: str, precision: str) -> tuple[Session, str]:
+    if runtime != "auto":
+        return _open(bundle, runtime, device, precision), "asked for"
+    if bundle.is_onnx:
+        return _open(bundle, "onnxruntime", device, precision), "the network is an ONNX file"
+    if not _installed("openvino"):
+        return _open(bundle, "torch", device, precision), f"OpenVINO is not installed: {_EXTRAS['openvino']}"
+    if device.startswith("cuda") or (device == "auto" and _sees_gpu(bundle.path)):
+        return _open(bundle, "torch", device, precision), "a GPU is there"
+    from s2seg.models.export import ConversionError
+
+    try:
+        return _open(bundle, "openvino", "cpu", precision), "the fastest on a CPU of those installed"
+    except ConversionError as error:
+        why = f"OpenVINO does not run it: {error.reason}"
+    warnings.warn(f"model {bundle.path}: runs on torch, as {why}", S2SegWarning, stacklevel=4)
+    return _open(bundle, "torch", "cpu", precision), why
+
+
+def _sees_gpu(path: str) -> bool:
+    """Whether torch sees a GPU; where no driver can be there it is not loaded to find out, which takes seconds."""
+    if sys.platform == "darwin" or (sys.platform == "linux" and not any(Path(d).exists() for d in _GPU_DRIVERS)):
+        return False
+    if not _installed("torch"):
+        return False
+    from s2seg.models.runtimes.pytorch import choose_device
+
+    return choose_device(path, "auto") != "cpu"
+
+
+def _open(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Session:
+    """Return the one session of these choices; only the device can still be ``auto``."""
+    if runtime == "torch" and bundle.is_onnx:
+        raise ModelError(bundle.path, "model.onnx does not run on torch: use runtime 'onnxruntime' or 'openvino'")
+    if runtime == "onnxruntime" and not bundle.is_onnx:
+        raise ModelError(
+            bundle.path,
+            "weights.safetensors do not run on onnxruntime: use runtime 'torch' or 'openvino', or `s2seg export` it",
+        )
+    if not _installed(runtime):
+        raise ModelError(bundle.path, f"needs {runtime}, which is not installed: {_EXTRAS[runtime]}")
+    device = _choose_device(bundle, runtime, device)
+    key = (bundle.sha256, runtime, device, precision)
+    if key not in _sessions:
+        _sessions[key] = _make(bundle, runtime, device, precision)
+    return _sessions[key]
 
 
 def _choose_device(bundle: ModelBundle, runtime: str, device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ModelError(bundle.path, f"unknown device {device!r}: auto, cpu, cuda or cuda:1")
+    if runtime == "openvino":
+        return "cpu" if device == "auto" else device
     if runtime == "torch":
         from s2seg.models.runtimes.pytorch import choose_device
     else:
@@ -164,6 +235,10 @@ def _make(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Ses
         from s2seg.models.runtimes.pytorch import TorchSession
 
         return TorchSession(bundle, device, precision)
+    if runtime == "openvino":
+        from s2seg.models.runtimes.openvino import OpenVinoSession
+
+        return OpenVinoSession(bundle, device, precision)
     from s2seg.models.runtimes.onnxrt import OnnxSession
 
     return OnnxSession(bundle, device, precision)

@@ -1,0 +1,89 @@
+"""Measure every installed runtime on one model: whether it answers as torch does in float32, and how fast."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from s2seg.errors import ModelError
+from s2seg.models.bundle import ModelBundle
+from s2seg.models.export import synthetic_pixels
+from s2seg.models.runtimes import Session, available_runtimes, open_session
+
+_SIDE, _REPEATS = 512, 3
+_CLASS = frozenset({"class"})
+
+
+@dataclass(frozen=True)
+class RuntimeCheck:
+    """One runtime in one precision.
+
+    Parameters
+    ----------
+    runtime, precision
+        What was asked for.
+    device
+        Where it ran; empty where it did not.
+    agreement
+        Share of pixels with the class that the reference gives; NaN where it did not run.
+    speed
+        Megapixels of input per second, median of three; NaN where it did not run.
+    reason
+        Why it did not run; empty where it did.
+    """
+
+    runtime: str
+    precision: str
+    device: str = ""
+    agreement: float = float("nan")
+    speed: float = float("nan")
+    reason: str = ""
+
+
+def check_runtimes(bundle: ModelBundle, chips: npt.NDArray[np.uint16] | None = None) -> list[RuntimeCheck]:
+    """Run a model on the same pixels with every installed runtime, in float32 and bfloat16.
+
+    Parameters
+    ----------
+    bundle
+        The reference is torch in float32 on the CPU, and onnxruntime for an ONNX bundle.
+    chips
+        (n, band, y, x) uint16 stored numbers; without them a synthetic landscape of four windows of 512 px.
+    """
+    pixels = synthetic_pixels(bundle.spec, _SIDE // bundle.spec.stride * bundle.spec.stride) if chips is None else chips
+    reference = open_session(bundle, "onnxruntime" if bundle.is_onnx else "torch", "cpu", "float32")
+    expected = _classes(reference, pixels)
+    return [
+        _check(bundle, runtime, precision, pixels, expected)
+        for runtime in available_runtimes()
+        for precision in ("float32", "bfloat16")
+    ]
+
+
+def _check(
+    bundle: ModelBundle,
+    runtime: str,
+    precision: str,
+    pixels: npt.NDArray[np.uint16],
+    expected: npt.NDArray[np.uint8],
+) -> RuntimeCheck:
+    try:
+        session = open_session(bundle, runtime, "auto", precision)
+        found = _classes(session, pixels)
+    except ModelError as error:
+        return RuntimeCheck(runtime, precision, reason=error.reason)
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        _classes(session, pixels)
+        seconds.append(time.perf_counter() - start)
+    speed = pixels[:, 0].size / 1e6 / statistics.median(seconds)
+    return RuntimeCheck(runtime, precision, session.name.split()[1], float(np.mean(found == expected)), speed)
+
+
+def _classes(session: Session, pixels: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    return np.concatenate([session.classify(window[None], 0, _CLASS)["class"] for window in pixels])

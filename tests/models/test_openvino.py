@@ -1,0 +1,124 @@
+"""OpenVINO answers as torch does, is what `auto` takes on a CPU, and says why where it is not."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from s2seg.errors import ModelError, S2SegWarning
+from s2seg.models import export, open_session, runtimes, save_bundle
+from s2seg.models.runtimes import choose_session
+from s2seg.models.runtimes import openvino as module
+from tests.models.conftest import smooth_pixels
+
+CLASS = frozenset({"class"})
+
+
+def has_bfloat16() -> bool:
+    return "BF16" in module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.fixture
+def renamed(spec, network, tmp_path):
+    """The fitted network as a bundle of another name: nothing is known of it yet."""
+    return save_bundle(tmp_path / "renamed", replace(spec, name=tmp_path.name), network.state_dict())
+
+
+@pytest.mark.parametrize(("precision", "least"), [("float32", 0.9999), ("bfloat16", 0.995)])
+def test_agrees_with_torch(bundle, precision, least):
+    if precision == "bfloat16" and not has_bfloat16():
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    dn = smooth_pixels(20, n=4, side=192)
+    expected = open_session(bundle, "torch", "cpu", "float32").classify(dn, 32, CLASS)["class"]
+    found = open_session(bundle, "openvino", precision=precision).classify(dn, 32, CLASS)["class"]
+    assert len(np.unique(expected)) == 3
+    assert np.mean(found == expected) >= least
+
+
+def test_windows_of_many_shapes_in_turn(bundle):
+    session, torch_says = open_session(bundle, "openvino"), open_session(bundle, "torch")
+    for round_ in range(2):
+        for height, width in ((64, 64), (64, 96), (96, 64), (32, 32), (128, 32), (96, 96)):
+            dn = smooth_pixels(21 + round_)[:, :, :height, :width]
+            np.testing.assert_allclose(session.probabilities(dn), torch_says.probabilities(dn), atol=1e-4)
+    assert len(session._compiled) == module._SHAPES
+
+
+def test_a_processor_without_bfloat16(bundle, monkeypatch):
+    class Plain:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32"]
+
+    monkeypatch.setattr(module, "_core", Plain)
+    with pytest.raises(ModelError, match="no bfloat16 arithmetic: use precision 'float32'"):
+        module.OpenVinoSession(bundle, "cpu", "bfloat16")
+
+
+def test_what_auto_takes_and_why(bundle, monkeypatch):
+    chosen = lambda *request: (lambda session, why: (session.name, why))(*choose_session(*request))  # noqa: E731
+    assert chosen(bundle) == ("openvino cpu float32", "the fastest on a CPU of those installed")
+    assert chosen(bundle, "torch") == ("torch cpu float32", "asked for")
+    monkeypatch.setattr(runtimes, "_by_request", {})
+    monkeypatch.setitem(runtimes._MODULES, "openvino", ("no_such_module",))
+    assert chosen(bundle) == ("torch cpu float32", "OpenVINO is not installed: pip install 's2seg[openvino]'")
+
+
+def test_an_operator_that_openvino_lacks(renamed, monkeypatch):
+    def fail(network, bundle, file):
+        raise RuntimeError("No conversion rule found for operations: aten::col2im")
+
+    monkeypatch.setitem(export._CONVERTERS, "openvino", fail)
+    with pytest.raises(ModelError, match=r"cannot be converted to openvino: the operator aten::col2im"):
+        open_session(renamed, "openvino")
+    with pytest.warns(S2SegWarning, match=r"runs on torch, as OpenVINO does not run it: .* aten::col2im"):
+        session, why = choose_session(renamed)
+    assert session.name == "torch cpu float32"
+    assert "aten::col2im" in why
+
+
+def test_openvinos_own_error_names_the_operator(tmp_path, spec):
+    import torch
+
+    class Odd(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)[:, :3]
+
+    with pytest.raises(export._REFUSALS) as caught, export._quiet():
+        export._to_openvino(Odd(), replace(save_bundle(tmp_path / "m", spec, {}), spec=spec), tmp_path / "n.xml")
+    assert "aten::special_bessel_j0" in export._reason(caught.value)
+
+
+def test_a_network_is_converted_once_and_torch_is_not_needed_again(renamed):
+    code = (
+        "import sys, numpy as np; from s2seg.models import *; s = open_session(load_model(sys.argv[1]));"
+        "s.classify(np.ones((1, 4, 64, 64), np.uint16), 0, {'class', 'confidence'});"
+        "print(s.name, 'torch' in sys.modules)"
+    )
+    open_session(renamed)
+    done = subprocess.run([sys.executable, "-c", code, renamed.path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "openvino cpu float32 False"
+    assert done.stderr == ""
+
+
+def test_seams_are_announced_again_by_the_kept_form(renamed, monkeypatch):
+    class Pooling:
+        def get_rt_info(self, path):
+            return self
+
+        def astype(self, kind):
+            return "True"
+
+    open_session(renamed, "openvino")
+    core = type("Core", (), {"read_model": lambda self, file: Pooling()})
+    monkeypatch.setattr(module, "_core", core)
+    with pytest.warns(S2SegWarning, match="save the bundle with global_context=True"):
+        module._converted(renamed)
+
+
+def test_a_cache_that_cannot_be_written(renamed, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("S2SEG_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"cannot be kept in .*set S2SEG_CACHE"):
+        module._converted(renamed)
