@@ -75,7 +75,6 @@ def test_ready_cut_tiles_of_both_kinds(tmp_path: Path) -> None:
         assert (model / "split.png").stat().st_size > 5_000
         (scores,) = read_scores(model / "scores_test.json").values()
         assert (len(scores.legend), scores.support.sum() % 128**2, scores.coverage) == (classes, 0, 1)
-    script("train_from_tiles.py", "--help")
 
 
 @pytest.mark.real_data
