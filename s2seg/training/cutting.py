@@ -103,9 +103,9 @@ def cut(
             tail = np.empty((depth, rows.stop(r) - rows.base(r), 0), np.uint16)
             for c in range(len(cols)):
                 across = slice(cols.start(c), cols.stop(c))
-                column = np.concatenate([strip[..., across], next(blocks)], axis=1)
+                column = _joined(strip[..., across], next(blocks), axis=1)
                 below[..., across] = column[:, rows.kept(r) - rows.base(r) :]
-                canvas = np.concatenate([tail, column], axis=2)
+                canvas = _joined(tail, column, axis=2)
                 yield [
                     (Window(row, col, size), _view(canvas, row - rows.base(r), col - cols.base(c), size))
                     for size, _ in sizes
@@ -156,6 +156,11 @@ class _Axis:
     def base(self, block: int) -> int:
         """First pixel at hand when this block comes: what was kept of the blocks before it."""
         return self._kept[block - 1] if block else 0
+
+
+def _joined(kept: Planes, new: Planes, axis: int) -> Planes:
+    """Put what was kept before what is new; where windows do not overlap nothing is kept, and nothing is copied."""
+    return np.concatenate([kept, new], axis=axis) if kept.shape[axis] else new
 
 
 def _view(canvas: Planes, row: int, col: int, size: int) -> Planes:
