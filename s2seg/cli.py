@@ -297,12 +297,8 @@ def export_command(
     from s2seg.models.export import export_model
 
     bundle = load_model(model)
-    store, images = chips or bundle.folder / "chips.zarr", None
-    if store.exists():
-        _needs("pydantic")
-        from s2seg.training.chips import open_chips
-
-        images = open_chips(store).images(slice(0, 8))
+    store = chips or bundle.folder / "chips.zarr"
+    images = _some_chips(store) if store.exists() else None
     made = export_model(bundle, cast(Any, kind), output, chips=images, overwrite=overwrite)
     out.print(
         f"{made.path}  agrees with torch on {100 * made.agreement:.3f} % of pixels, probabilities within "
@@ -311,14 +307,25 @@ def export_command(
 
 
 @models.command("show")
-def models_show(path: Annotated[str, typer.Argument(help="A model bundle: a folder or an fsspec URL.")]) -> None:
+def models_show(
+    path: Annotated[str, typer.Argument(help="A model bundle: a folder or an fsspec URL.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Run it with every installed runtime: agreement with torch, and speed.")
+    ] = False,
+    chips: Annotated[
+        Path | None, typer.Option(help="For --check: a chip store with real pixels [default: a synthetic landscape].")
+    ] = None,
+) -> None:
     """Print what a bundle holds: bands, scaling, legend, geometry, provenance."""
     from s2seg.models.bundle import describe, load_model
 
+    bundle = load_model(path)
     table = Table(show_header=False)
-    for name, value in describe(load_model(path)):
+    for name, value in describe(bundle):
         table.add_row(name, value)
     out.print(table)
+    if check:
+        out.print(_checks_table(bundle, None if chips is None else _some_chips(chips)))
 
 
 @models.command("import")
@@ -369,6 +376,24 @@ def _needs(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"training needs {', '.join(missing)}: pip install 's2seg[train]'")
+
+
+def _some_chips(store: Path) -> Any:
+    """A few real pixels to compare runtimes on."""
+    _needs("pydantic")
+    from s2seg.training.chips import open_chips
+
+    return open_chips(store).images(slice(0, 8))
+
+
+def _checks_table(bundle: Any, pixels: Any) -> Table:
+    from s2seg.models.checking import check_runtimes
+
+    table = Table("runtime", "device", "precision", "agreement %", "Mpx/s")
+    for row in check_runtimes(bundle, pixels):
+        said = ("-", row.reason) if row.reason else (f"{100 * row.agreement:.4f}", f"{row.speed:.2f}")
+        table.add_row(row.runtime, row.device or "-", row.precision, *said)
+    return table
 
 
 def _print_scores(result: Any) -> None:
