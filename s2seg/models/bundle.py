@@ -295,7 +295,7 @@ def _load_url(url: str) -> ModelBundle:
             return _load_folder(url, Path(inner))
         content = fs.cat_file(f"{inner}/{SPEC_FILE}")
         spec, _ = _parse(url, content)
-        folder = _cache_folder() / hashlib.sha256(content).hexdigest()[:32]
+        folder = cache_folder("models") / hashlib.sha256(content).hexdigest()[:32]
         with contextlib.suppress(ModelError):  # not there yet, or damaged since: fetch it
             return _load_folder(url, folder)
         return _download(url, folder, content, lambda file: fs.get_file(f"{inner}/{spec.weights_file}", str(file)))
@@ -327,7 +327,8 @@ def _remote_errors() -> tuple[type[Exception], ...]:
     return (OSError, ImportError, ValueError, *own)
 
 
-def _cache_folder() -> Path:
+def cache_folder(what: str) -> Path:
+    """Return where fetched models and converted networks are kept: ``S2SEG_CACHE``, or the user's cache folder."""
     if chosen := os.environ.get("S2SEG_CACHE"):
         base = Path(chosen)
     elif sys.platform == "win32":
@@ -336,4 +337,4 @@ def _cache_folder() -> Path:
         base = Path.home() / "Library/Caches/s2seg"
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "s2seg"
-    return base.expanduser() / "models"
+    return base.expanduser() / what

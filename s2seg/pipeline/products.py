@@ -124,7 +124,7 @@ def describe_run(
     offsets: Mapping[str, Offset],
     products: Sequence[tuple[str, str]],
     counts: npt.NDArray[np.int64],
-    session: str,
+    session: Mapping[str, str],
     notes: Sequence[str],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def describe_run(
             "name": plan.model.spec.name,
             "path": plan.model.path,
             "sha256": plan.model.sha256,
-            "session": session,
+            **session,
         },
         "items": [
             {

@@ -22,7 +22,7 @@ from shapely.geometry.base import BaseGeometry
 from s2seg.errors import OutputError, S2SegError, S2SegWarning
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
-from s2seg.models.runtimes import open_session
+from s2seg.models.runtimes import choose_session
 from s2seg.outputs._files import check_writable, remove, writing
 from s2seg.outputs.zarr import read_land_cover, write_zarr
 from s2seg.pipeline.build import build_prediction, build_scene
@@ -114,7 +114,7 @@ def map_area(
             plan = plan_area(catalog, aoi, datetime, model, options)
             report("search", 1, 1)
         with clock("prepare"):
-            session = open_session(plan.model, options.runtime, options.device, options.precision).name
+            session, why = choose_session(plan.model, options.runtime, options.device, options.precision)
             offsets = decide_offsets(plan.items, check=options.check_offsets)
         scene = build_scene(plan, offsets)
         prediction = build_prediction(plan, scene)
@@ -135,7 +135,7 @@ def map_area(
                 offsets,
                 products,
                 counts,
-                session,
+                {"session": session.name, "chosen": why},
                 notes,
                 clock.seconds,
             )
