@@ -197,8 +197,14 @@ class RasterOnGrid:
             return np.where(valid, np.int16(_UNKNOWN), np.int16(self.legend.nodata))
         keys = np.array(known, dtype=pixels.dtype)
         codes = np.array([self.values[value] for value in known], dtype=np.int16)
-        at = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
-        return np.where(valid, np.where(keys[at] == pixels, codes[at], _UNKNOWN), self.legend.nodata).astype(np.int16)
+        if pixels.dtype in (np.uint8, np.uint16):
+            table = np.full(limits.max + 1, _UNKNOWN, dtype=np.int16)
+            table[keys] = codes
+            found = table[pixels]
+        else:
+            at = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
+            found = np.where(keys[at] == pixels, codes[at], np.int16(_UNKNOWN))
+        return np.where(valid, found, np.int16(self.legend.nodata))
 
     def _unknown(self, pixels: npt.NDArray[Any]) -> InputError:
         values = np.unique(pixels).tolist()
