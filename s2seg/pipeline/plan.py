@@ -15,6 +15,7 @@ from shapely.geometry.base import BaseGeometry
 from s2seg.errors import InputError
 from s2seg.inference import LAYERS, Layer, Margin, chunks_for
 from s2seg.models.bundle import ModelBundle, load_model
+from s2seg.models.runtimes import expected_runtime
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.catalogs import Catalog
 from s2seg.sources.composite import CompositeSpec
@@ -29,9 +30,11 @@ _CHUNK_BYTES = 384 * 2**20
 
 _THREADS = 2
 
-_LIBRARIES_BYTES = 750 * 2**20 + GDAL_ENV["GDAL_CACHEMAX"]
-
-_NETWORK_BYTES_PER_PIXEL = 800  # of a window, measured for a U-Net with mobilenet_v2 in float32
+_LIBRARIES_BYTES = {"torch": 750 * 2**20}
+_OTHER_LIBRARIES_BYTES = 450 * 2**20
+_NETWORK_BYTES_PER_PIXEL = {"openvino": 320}
+_OTHER_NETWORK_BYTES_PER_PIXEL = 800
+"""Of a window, by runtime; measured for a U-Net with mobilenet_v2 in float32."""
 
 _TILE = (16384, 4096)
 """Pixels (down, across) of what is computed as one graph, at most: its blocks wait for neighbours row by row, so what
@@ -274,5 +277,7 @@ def _peak_memory(plan: Plan) -> int:
     reducing = _THREADS * plan.dates_per_block * side**2 * 8
     across = min(plan.blocks[1], plan.tile[1] // plan.chunks.core)
     waiting = 3 * (across + 1) * (len(plan.model.spec.bands) + 1) * plan.chunks.core**2 * 2
-    network = _NETWORK_BYTES_PER_PIXEL * max(plan.chunks.window**2, 2**18)
-    return _LIBRARIES_BYTES + network + reading + reducing + waiting
+    runtime = expected_runtime(plan.model, plan.options.runtime, plan.options.device)
+    network = _NETWORK_BYTES_PER_PIXEL.get(runtime, _OTHER_NETWORK_BYTES_PER_PIXEL) * max(plan.chunks.window**2, 2**18)
+    libraries = _LIBRARIES_BYTES.get(runtime, _OTHER_LIBRARIES_BYTES) + GDAL_ENV["GDAL_CACHEMAX"]
+    return libraries + network + reading + reducing + waiting

@@ -25,6 +25,7 @@ __all__ = [
     "SessionRef",
     "available_runtimes",
     "choose_session",
+    "expected_runtime",
     "open_session",
     "summarize",
 ]
@@ -148,6 +149,11 @@ def choose_session(
         return _by_request[request]
 
 
+def expected_runtime(bundle: ModelBundle, runtime: str = "auto", device: str = "auto") -> str:
+    """Name the runtime that :func:`open_session` tries first; nothing is opened."""
+    return runtime if runtime != "auto" else _first_choice(bundle, device)[0]
+
+
 def available_runtimes() -> tuple[str, ...]:
     """Names of the runtimes that are installed; none of them is imported to find out."""
     return tuple(name for name in _MODULES if _installed(name))
@@ -175,20 +181,28 @@ def _check_names(path: str, runtime: str, device: str, precision: str) -> None:
 def _choose(bundle: ModelBundle, runtime: str, device: str, precision: str) -> tuple[Session, str]:
     if runtime != "auto":
         return _open(bundle, runtime, device, precision), "asked for"
-    if bundle.is_onnx:
-        return _open(bundle, "onnxruntime", device, precision), "the network is an ONNX file"
-    if not _installed("openvino"):
-        return _open(bundle, "torch", device, precision), f"OpenVINO is not installed: {_EXTRAS['openvino']}"
-    if device.startswith("cuda") or (device == "auto" and _sees_gpu(bundle.path)):
-        return _open(bundle, "torch", device, precision), "a GPU is there"
+    runtime, why = _first_choice(bundle, device)
+    if runtime != "openvino":
+        return _open(bundle, runtime, device, precision), why
     from s2seg.models.export import ConversionError
 
     try:
-        return _open(bundle, "openvino", "cpu", precision), "the fastest on a CPU of those installed"
+        return _open(bundle, "openvino", "cpu", precision), why
     except ConversionError as error:
         why = f"OpenVINO does not run it: {error.reason}"
     warnings.warn(f"model {bundle.path}: runs on torch, as {why}", S2SegWarning, stacklevel=4)
     return _open(bundle, "torch", "cpu", precision), why
+
+
+def _first_choice(bundle: ModelBundle, device: str) -> tuple[str, str]:
+    """Which runtime ``auto`` tries, and why."""
+    if bundle.is_onnx:
+        return "onnxruntime", "the network is an ONNX file"
+    if not _installed("openvino"):
+        return "torch", f"OpenVINO is not installed: {_EXTRAS['openvino']}"
+    if device.startswith("cuda") or (device == "auto" and _sees_gpu(bundle.path)):
+        return "torch", "a GPU is there"
+    return "openvino", "the fastest on a CPU of those installed"
 
 
 def _sees_gpu(path: str) -> bool:
