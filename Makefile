@@ -26,11 +26,13 @@ bench: $(READY) ## measure reading, mapping, training and memory
 	$(BIN)/python -m tests.bench
 
 # It sees the project's packages behind its own, so that torch is there once; what it installs, the project never sees.
-bench-peers: $(READY) ## install what the bench compares with (torchgeo), apart from the project
+# geo-inference insists on an old colorlog, which is the one pin it does not share.
+bench-peers: $(READY) ## install what the bench compares with (geo-inference, odc-stac, torchgeo), apart from the project
 	test -x $(PEERS)/bin/python || $(BIN)/python -m venv --without-pip $(PEERS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
-	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt torchgeo
+	grep -v '^colorlog==' constraints.txt > $(PEERS)/constraints.txt
+	$(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt torchgeo geo-inference==3.2.4 odc-stac
 
 clean: ## remove the environment, the demo and caches
 	rm -rf $(VENV) demo build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import rasterio
-import torch
+import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
 
 from s2seg.legend import Legend
 from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, save_bundle
+from s2seg.models.export import export_model
 from s2seg.sources.composite import CompositeSpec, composite
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
@@ -23,6 +25,8 @@ from s2seg.testing import LEGEND, synthetic_catalog
 
 BANDS = ("blue", "green", "red", "nir", "swir16", "swir22")
 DATES = "2000/2100"
+WORLD = (-180, -80, 180, 80)
+BLOCK = 1024
 
 
 def real_data() -> Path:
@@ -86,9 +90,49 @@ def labelled_scene(folder: Path, size: int) -> LabelledScene:
 
 def inner_box(catalog: Path) -> tuple[float, float, float, float]:
     """A lon/lat box just within the catalog's scene, so that its grid holds no empty border."""
-    west, south, east, north = search(catalog, (-180, -80, 180, 80), DATES)[0].bbox
+    west, south, east, north = search(catalog, WORLD, DATES)[0].bbox
     dx, dy = 0.02 * (east - west), 0.02 * (north - south)
     return west + dx, south + dy, east - dx, north - dy
+
+
+def grid_of(catalog: Path) -> GeoBox:
+    """Return the grid of the catalog's 10 m bands."""
+    item = search(catalog, WORLD, DATES)[0]
+    with rasterio.open(item.assets["blue"].href) as dataset:
+        return GeoBox(dataset.shape, dataset.transform, f"EPSG:{dataset.crs.to_epsg()}")
+
+
+def piece(catalog: Path, size: int, margin: int = 0) -> xr.DataArray:
+    """(band, y, x) pixels in memory, with a margin, from the middle of a one-date scene."""
+    (item,) = search(catalog, WORLD, DATES)
+    grid = grid_of(catalog)
+    at = slice((grid.shape[0] - size) // 2 - margin, (grid.shape[0] + size) // 2 + margin)
+    return stack([item], grid[at, at], list(BANDS), chunksize=BLOCK).isel(time=0).compute()
+
+
+def stacked(catalog: Path) -> Path:
+    """The bands of a one-date scene in one file, all at 10 m, as software for ordinary images wants them; made once."""
+    path = catalog.parent / "stacked.tif"
+    if path.exists():
+        return path
+    (item,) = search(catalog, WORLD, DATES)
+    grid = grid_of(catalog)
+    pixels = stack([item], grid, list(BANDS), chunksize=BLOCK).isel(time=0).compute()
+    partial = path.with_suffix(".partial")
+    with rasterio.open(
+        partial, "w", driver="COG", height=grid.shape[0], width=grid.shape[1], count=len(BANDS), dtype="uint16",
+        crs=f"EPSG:{grid.crs.to_epsg()}", transform=grid.affine, nodata=0, compress="deflate", predictor=2,
+        blocksize=512, interleave="band", overviews="NONE", num_threads="ALL_CPUS",
+    ) as out:  # fmt: skip
+        out.write(pixels.values)
+    partial.rename(path)
+    return path
+
+
+def converted(model: ModelBundle, kind: Literal["onnx", "torchscript"]) -> Path:
+    """The network in another form, beside its folder; made once."""
+    path = Path(model.path).with_name(Path(model.path).name + {"onnx": "-onnx", "torchscript": ".pt"}[kind])
+    return path if path.exists() else Path(export_model(model, kind, path).path)
 
 
 def fitted_network(folder: Path, steps: int) -> ModelBundle:
@@ -96,6 +140,8 @@ def fitted_network(folder: Path, steps: int) -> ModelBundle:
     path = folder / f"network-{steps}"
     if (path / "model.json").exists():
         return load_model(path)
+    import torch  # here: processes whose memory is measured import this module, and need no torch
+
     pixels, labels, legend = _training_pixels(folder)
     spec = ModelSpec(
         name="bench", bands=BANDS, legend=legend, architecture={"name": "Unet", "encoder": "mobilenet_v2"},
@@ -123,7 +169,7 @@ def _training_pixels(folder: Path) -> tuple[np.ndarray, np.ndarray, Legend]:
     """Pixels (band, y, x) float32, channel numbers (y, x) int64, and what they mean."""
     mekong = real_data() / "mekong"
     if (mekong / "catalog.json").exists():
-        (item,) = search(mekong / "catalog.json", (-180, -80, 180, 80), DATES)
+        (item,) = search(mekong / "catalog.json", WORLD, DATES)
         legend, truth = Legend.load("dynamic-world"), mekong / "labels" / "dynamicworld_10m.tif"
         items = [item]
     else:

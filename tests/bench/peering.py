@@ -1,0 +1,138 @@
+"""s2seg beside what else makes a map from a scene and a network: the same file, the same weights, end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+from rich.console import Console
+from rich.table import Table
+
+from s2seg.inference import chunks_for
+from s2seg.models import ModelBundle, load_model
+from s2seg.models.runtimes import choose_session
+from s2seg.sources.composite import CompositeSpec
+from tests.bench.fixtures import BANDS, BLOCK, converted, fitted_network, grid_of, scene, stacked
+from tests.bench.mapping import chain, whole_image
+from tests.bench.measuring import MEGA, fresh, gib, spread, timed
+
+PEERS = Path("build/venv-peers/bin/python")
+SCRIPTS = Path(__file__).parent / "peers"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A script of ``tests/bench/peers``, what it is called and what it is told."""
+
+    script: str
+    told: dict[str, Any] = field(default_factory=dict)
+    python: Path = PEERS
+
+
+RUNTIMES = ("auto", "torch")
+OTHERS = {
+    "geo-inference, patch 512": Peer("geo_inference_map", {"patch": 512}),
+    "geo-inference, patch 1024": Peer("geo_inference_map", {"patch": 1024}),
+    "odc-stac, map_blocks": Peer("odc_map_blocks", {"core": BLOCK}),
+    "plain loop, rasterio": Peer("plain_loop", {"core": BLOCK, "halo": 64}, Path(sys.executable)),
+}
+
+
+def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
+    """Run all measurements of ``peers``; returns the figures."""
+    size, inner, repeats = (1024, 768, 1) if quick else (4096, 2048, 3)
+    model = fitted_network(folder, 20 if quick else 120)
+    catalog = scene(folder, size)
+    scratch = folder / "peers"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    expected = fresh(whole_image, catalog, model.path, inner)[0]
+    rows = {f"s2seg, {runtime}": _ours(catalog, model, runtime, scratch, repeats) for runtime in RUNTIMES}
+    for name, peer in OTHERS.items():
+        rows[name] = _theirs(peer, catalog, model, scratch, repeats)
+    for row in rows.values():
+        if "map" in row:
+            row["seam_error"] = _differing(_codes(Path(row.pop("map")), model), expected)
+    shutil.rmtree(scratch)
+    _show(rows, size, inner, repeats, console)
+    return {"size": size, "rows": rows}
+
+
+def _ours(catalog: Path, model: ModelBundle, runtime: str, scratch: Path, repeats: int) -> dict[str, Any]:
+    (session, seconds), peak = fresh(_map, catalog, model.path, runtime, scratch, repeats)
+    side, spec = grid_of(catalog).shape[0], chunks_for(model)
+    seen = sum(span.size for core in spec.cores(side) for span in spec.spans(core)) ** 2
+    return {
+        "version": session, "seconds": seconds, "peak_bytes": peak, "network_pixels": seen,
+        "map": str(scratch / f"{runtime}.tif"),
+    }  # fmt: skip
+
+
+def _map(catalog: Path, model: str, runtime: str, scratch: Path, repeats: int) -> tuple[str, list[float]]:
+    """The session's name, and seconds from the catalog to a Zarr and a COG with overviews."""
+    bundle, grid = load_model(model), grid_of(catalog)
+    session, _ = choose_session(bundle, runtime)  # the peers' network is loaded before their clock starts, too
+
+    target, mask = scratch / runtime, CompositeSpec(mask=())
+    return session.name, [timed(lambda: chain(catalog, grid, bundle, target, mask, runtime)) for _ in range(repeats)]
+
+
+def _theirs(peer: Peer, catalog: Path, model: ModelBundle, scratch: Path, repeats: int) -> dict[str, Any]:
+    if not peer.python.exists():
+        return {"why": "not installed: make bench-peers"}
+    task = {
+        "image": str(stacked(catalog).resolve()), "catalog": str(catalog.resolve()), "bands": BANDS,
+        "network": str(converted(model, "torchscript").resolve()), "classes": len(model.spec.legend),
+        "folder": str(scratch.resolve()), "rounds": repeats, **peer.told,
+    }  # fmt: skip
+    command = [str(peer.python), "-W", "ignore", str(SCRIPTS / f"{peer.script}.py")]
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"why": (done.stderr.strip().splitlines() or ["it failed and does not say why"])[-1]}
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _codes(path: Path, model: ModelBundle) -> npt.NDArray[np.uint8]:
+    """A map's codes; the peers write the network's channels."""
+    with rasterio.open(path) as raster:
+        values = raster.read(1)
+    if path.stem in RUNTIMES:
+        return values
+    codes = np.full(256, model.spec.legend.nodata, np.uint8)
+    codes[: len(model.spec.legend)] = model.spec.legend.channel_to_code()
+    return codes[values]
+
+
+def _differing(codes: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]) -> float:
+    """Share of the pixels in the middle of a map that are not what the network makes of the whole image."""
+    at = slice((len(codes) - len(expected)) // 2, (len(codes) + len(expected)) // 2)
+    return float((codes[at, at] != expected).mean())
+
+
+def _show(rows: dict[str, dict[str, Any]], size: int, inner: int, repeats: int, console: Console) -> None:
+    amount = size**2 / MEGA
+    speeds = {name: [amount / s for s in row["seconds"]] for name, row in rows.items() if "seconds" in row}
+    theirs = [statistics.median(speeds[name]) for name in speeds if name.startswith("geo-inference")]
+    table = Table("", "Mpx/s", "min-max", "x geo-inference", "peak GiB", "overlap cost", "seam error %",
+                  title=f"a map end to end, {size} px, {len(BANDS)} bands, one date (median of {repeats})")  # fmt: skip
+    for name, row in rows.items():
+        if "why" in row:
+            table.add_row(name, row["why"], *[""] * 5)
+            continue
+        ratio = f"{statistics.median(speeds[name]) / max(theirs):.1f}" if theirs else ""
+        table.add_row(
+            f"{name} ({row['version']})", *spread(speeds[name]), ratio, gib(row["peak_bytes"]),
+            f"{row['network_pixels'] / size**2:.2f}", f"{100 * row['seam_error']:.3f}",
+        )  # fmt: skip
+    console.print(table, f"seam error: pixels of the middle {inner} px that differ from the network run once over all "
+                         "of it, torch float32; goal: 10 x geo-inference, and fewer of them")  # fmt: skip
