@@ -16,7 +16,7 @@ from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
 
 from s2seg.legend import Legend
-from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, save_bundle
+from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, open_session, save_bundle
 from s2seg.models.export import export_model
 from s2seg.sources.composite import CompositeSpec, composite
 from s2seg.sources.search import search
@@ -138,8 +138,14 @@ def converted(model: ModelBundle, kind: Literal["onnx", "torchscript"]) -> Path:
 def fitted_network(folder: Path, steps: int) -> ModelBundle:
     """A U-Net (mobilenet_v2) fitted for a minute to real or synthetic labels, so that its answers mean something."""
     path = folder / f"network-{steps}"
-    if (path / "model.json").exists():
-        return load_model(path)
+    if not (path / "model.json").exists():
+        _fit(folder, path, steps)
+    model = load_model(path)
+    open_session(model)  # converts it, where a runtime needs that: no process that is measured shall do it
+    return model
+
+
+def _fit(folder: Path, path: Path, steps: int) -> None:
     import torch  # here: processes whose memory is measured import this module, and need no torch
 
     pixels, labels, legend = _training_pixels(folder)
@@ -162,7 +168,7 @@ def fitted_network(folder: Path, steps: int) -> ModelBundle:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(network(batch), wanted, ignore_index=255).backward()
         optimizer.step()
-    return save_bundle(path, spec, network.state_dict())
+    save_bundle(path, spec, network.state_dict())
 
 
 def _training_pixels(folder: Path) -> tuple[np.ndarray, np.ndarray, Legend]:

@@ -113,12 +113,12 @@ def samples(figures: Any, name: str = "") -> Iterator[tuple[str, float]]:
     """Yield the path and the median of every list of numbers, and of every row's peak memory."""
     if isinstance(figures, dict):
         for key, value in figures.items():
-            yield from samples(value, f"{name}.{key}" if name else key)
+            yield from samples(value, f"{name}/{key}" if name else key)
     elif isinstance(figures, list) and figures and all(isinstance(v, int | float) for v in figures):
         yield name, statistics.median(figures)
     elif isinstance(figures, list):
         for i, row in enumerate(figures):
             label = row.get("name", row.get("size", i)) if isinstance(row, dict) else i
-            yield from samples(row, f"{name}[{label}]")
+            yield from samples(row, f"{name}/{label}")
     elif name.endswith("peak_bytes"):
         yield name, figures
