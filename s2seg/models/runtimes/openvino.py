@@ -23,6 +23,7 @@ import numpy.typing as npt
 import openvino
 from openvino import opset13 as ops
 
+from s2seg.allocator import keep_freed_memory
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle, cache_folder
 from s2seg.models.export import ConversionError, write_openvino
@@ -57,6 +58,7 @@ class OpenVinoSession:
             raise ConversionError(bundle.path, f"OpenVINO runs on 'cpu' here, not on {device!r}: use runtime 'torch'")
         if precision == "bfloat16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise ConversionError(bundle.path, "this processor has no bfloat16 arithmetic: use precision 'float32'")
+        keep_freed_memory()
         self.name = f"openvino {device} {precision}"
         self._path, self._activation = bundle.path, bundle.spec.activation
         self._codes = bundle.spec.legend.channel_to_code()
