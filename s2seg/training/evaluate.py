@@ -129,7 +129,7 @@ def evaluate(
         for name, found in _count(region, maps[index], asked, chips.legend, report):
             counts[name] = counts[name] + found if name in counts else found
     shown = [(chip, int(chips.origin[chip, 0])) for chip in _telling(chips, part)]
-    return Evaluation(part, counts, [_picture(chips, chip, regions[i], maps[i]) for chip, i in shown])
+    return Evaluation(part, counts, [_picture(chips, chip, regions[i], maps[i], part) for chip, i in shown])
 
 
 def _name(model: ModelBundle) -> str:
@@ -146,13 +146,16 @@ def _count(
         yield name, confusion_of(region.labels, codes, legend, where=asked, on_progress=step)
 
 
-def _picture(chips: ChipStore, chip: int, region: Place, maps: Mapping[str, xr.DataArray]) -> Comparison:
+def _picture(chips: ChipStore, chip: int, region: Place, maps: Mapping[str, xr.DataArray], part: str) -> Comparison:
+    """A window with the labels of its part alone: what lies in it of other parts may have been learned."""
     _, row, col = (int(v) for v in chips.origin[chip])
     at = {"y": slice(row, row + int(chips.size[chip])), "x": slice(col, col + int(chips.size[chip]))}
     where = [region.name, *([region.date] if region.date else []), f"row {row}", f"column {col}"]
     return Comparison(
         image=region.scene.isel(at).compute(),
-        truth=region.labels.isel(at).values,
+        truth=np.where(
+            region.split.isel(at) == PARTS.index(part) + 1, region.labels.isel(at), np.uint8(chips.legend.nodata)
+        ),
         predictions={name: codes.isel(at).values for name, codes in maps.items()},
         caption=", ".join(where),
     )

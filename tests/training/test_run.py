@@ -80,6 +80,10 @@ def test_scores_are_those_of_the_map_on_the_unseen_pixels(trained: tuple[TrainCo
     stored = read_scores(tmp_path / "scores_test.json")
     assert set(stored) == {"U-Net", "forest"} and all(path.exists() for path in written)
     np.testing.assert_array_equal(stored["U-Net"].confusion.matrix, expected.matrix)
+    for picture in result.pictures:  # what was trained on shows no label there
+        row, col = (int(text.split()[1]) for text in picture.caption.split(", ")[-2:])
+        at = np.s_[row : row + picture.truth.shape[0], col : col + picture.truth.shape[1]]
+        np.testing.assert_array_equal(picture.truth, truth[at])
 
 
 def test_training_sees_what_mapping_sees(trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion) -> None:
