@@ -316,3 +316,41 @@ def test_saved_weights_are_the_networks_own(bundle, network):
     stored = safetensors.numpy.load_file(bundle.weights_path)
     for name, values in network.state_dict().items():
         np.testing.assert_array_equal(stored[name], values.numpy())
+
+
+def _starve(session, pixels, monkeypatch):
+    """Give the network memory for so many pixels at a time; return the batches that it was shown."""
+    network, seen = session._network, []
+
+    def run(x):
+        if x[:, 0].numel() > pixels:
+            raise torch.OutOfMemoryError("no memory")
+        seen.append(len(x))
+        return network(x)
+
+    monkeypatch.setattr(session, "_network", run)
+    monkeypatch.setattr(session, "_batch", 2**30)
+    return seen
+
+
+def test_a_batch_that_does_not_fit_is_halved(bundle, monkeypatch):
+    session = open_session(bundle, "torch", "cpu")
+    dn = smooth_pixels(5, n=7, side=64)
+    expected = session.classify(dn, 8, ALL)
+    seen = _starve(session, 2 * 64 * 64, monkeypatch)
+    answer = session.classify(dn, 8, ALL)
+    assert seen == [1] * 7  # 7, then 3, then 1
+    assert_layers_agree(answer, expected)
+    seen.clear()
+    np.testing.assert_array_equal(session.probabilities(dn).shape, (7, 3, 64, 64))
+    assert seen == [1] * 7  # what failed once is not tried again
+
+
+@pytest.mark.parametrize(
+    ("room", "advice"), [(64 * 64, "one of 64 x 64 px fits"), (10, "not even its smallest window fits")]
+)
+def test_a_window_that_does_not_fit_is_named_with_one_that_would(bundle, monkeypatch, room, advice):
+    session = open_session(bundle, "torch", "cpu")
+    _starve(session, room, monkeypatch)
+    with pytest.raises(ModelError, match=rf"cpu has no memory for a window of 256 x 256 px; {advice}"):
+        session.classify(smooth_pixels(5, n=2, side=256), 8, ALL)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import sys
+from collections.abc import Callable, Set
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,8 @@ from s2seg.models.runtimes.seams import warn_of_seams
 from s2seg.models.runtimes.tuning import fold_batch_norm
 from s2seg.models.unet import build_network, pools_globally
 
+T = TypeVar("T")
+_ALL = sys.maxsize
 _LISTED = 3  # names of layers in an error: enough to see the pattern
 
 
@@ -46,7 +50,8 @@ class TorchSession:
 
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
         self.name = f"torch {device} {precision}"
-        self._path, self._activation = bundle.path, bundle.spec.activation
+        self._path, self._activation, self._stride = bundle.path, bundle.spec.activation, bundle.spec.stride
+        self._batch = _ALL
         self._device = torch.device(device)
         self._bfloat16 = precision == "bfloat16"
         if self._bfloat16 and self._device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
@@ -64,11 +69,53 @@ class TorchSession:
         self._b = torch.from_numpy(b[:, None, None]).to(self._device)
         self._codes = torch.from_numpy(bundle.spec.legend.channel_to_code()).to(self._device)
 
-    @torch.inference_mode()
     def classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
     ) -> dict[str, npt.NDArray[np.uint8]]:
         """See :class:`s2seg.models.runtimes.Session`."""
+        parts = self._in_batches(windows, lambda batch: self._classify(batch, crop, layers))
+        return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        return np.concatenate(self._in_batches(windows, self._probabilities))
+
+    def _in_batches(self, windows: npt.NDArray[np.uint16], answer: Callable[[npt.NDArray[np.uint16]], T]) -> list[T]:
+        """Answer as many windows at a time as the device has memory for; what it lacked once is not tried again."""
+        parts: list[T] = []
+        done = 0
+        while done < len(windows):
+            batch = windows[done : done + self._batch]
+            try:
+                parts.append(answer(batch))
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise self._too_large(batch) from error
+                self._batch = len(batch) // 2
+            else:
+                done += len(batch)
+        return parts
+
+    def _too_large(self, window: npt.NDArray[np.uint16]) -> ModelError:
+        """Find by trial what would fit, for an error that helps."""
+        height, width = window.shape[-2:]
+        side = max(height, width)
+        while side > self._stride:
+            side = max(side // 2 // self._stride, 1) * self._stride
+            try:
+                self._probabilities(window[:, :, :side, :side])
+            except torch.OutOfMemoryError:
+                continue
+            advice = f"one of {side} x {side} px fits: set core to {side} less twice the model's depth, or smaller"
+            break
+        else:
+            advice = "not even its smallest window fits: use device 'cpu'"
+        return ModelError(self._path, f"{self._device} has no memory for a window of {height} x {width} px; {advice}")
+
+    @torch.inference_mode()
+    def _classify(
+        self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
+    ) -> dict[str, npt.NDArray[np.uint8]]:
         scores = self._scores(windows)
         height, width = scores.shape[-2:]
         scores = scores[..., crop : height - crop, crop : width - crop]
@@ -86,8 +133,7 @@ class TorchSession:
         return {layer: np.ascontiguousarray(values.cpu().numpy()) for layer, values in answer.items()}
 
     @torch.inference_mode()
-    def probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-        """See :class:`s2seg.models.runtimes.Session`."""
+    def _probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
         scores = self._scores(windows)
         self._refuse_nan(scores.amax(dim=1))
         if self._activation == "logits":
