@@ -39,7 +39,7 @@ SUITES = {
 }
 """Name -> module of tests.bench with ``measure(folder, console, quick) -> figures``."""
 
-FULL = {"scale"}
+FULL = {"peers", "scale"}
 """Suites that can go on to sizes that take longer."""
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("suite", nargs="*", choices=[[], *SUITES], default=[], metavar="SUITE", help=", ".join(SUITES))
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small scenes: whether it works, not how fast it is")
-    size.add_argument("--full", action="store_true", help="scale: 21960 px as well")
+    size.add_argument("--full", action="store_true", help="peers: 4096 px; scale: 21960 px as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here [FOLDER/figures.json]")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with the figures that --json has kept")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="scenes and scratch [build/bench]")

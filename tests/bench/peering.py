@@ -48,9 +48,9 @@ OTHERS = {
 }
 
 
-def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
+def measure(folder: Path, console: Console, quick: bool, full: bool = False) -> dict[str, Any]:
     """Run all measurements of ``peers``; returns the figures."""
-    size, inner, repeats = (1024, 768, 1) if quick else (4096, 2048, 3)
+    size, inner, repeats = (1024, 768, 1) if quick else (4096, 2048, 3) if full else (2048, 1536, 3)
     model = fitted_network(folder, 20 if quick else 120)
     catalog = scene(folder, size)
     scratch = folder / "peers"

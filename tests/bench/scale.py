@@ -26,8 +26,7 @@ def measure(folder: Path, console: Console, quick: bool, full: bool = False) -> 
     sizes = (1024, 2048) if quick else (2048, 4096, 10980, 21960) if full else (2048, 4096, 10980)
     model = fitted_network(folder, 20 if quick else 120).path
     rows = [
-        end_to_end(scene(folder, size), size, model, folder, 1 if quick or size > 10980 else 3 if size < 8192 else 2)
-        for size in sizes
+        end_to_end(scene(folder, size), size, model, folder, 3 if size <= 4096 and not quick else 1) for size in sizes
     ]
     show(rows, console)
     pace = [statistics.median(row["seconds"]) / row["mpx"] for row in rows]
