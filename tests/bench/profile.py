@@ -84,7 +84,9 @@ def _parts(case: Case, model: str, scratch: Path, repeats: int) -> tuple[dict[st
             "read: bytes of the files": lambda: [path.read_bytes() for path in files],
             "read: plain rasterio windows": lambda: plain_windows([str(path) for path in files], grid),
             "read and decode": lambda: drain(lazy.data),
-            "composite": lambda: composite(pixels, case.spec).data.map_blocks(_nothing, dtype="u2").compute(),
+            "composite": lambda: (
+                composite(pixels, case.spec).data.map_blocks(_nothing, dtype="u2", chunks=(1, 1, 1)).compute()
+            ),
             "network: bare": lambda: session.classify(window, 0, CLASS),
             "network with windows and overlap": lambda: predict(clear, bundle).land_cover.data.compute(),
             "write Zarr": lambda: write_zarr(in_blocks, scratch / "parts.zarr", overwrite=True),

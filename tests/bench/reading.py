@@ -130,12 +130,13 @@ def over_http(catalog: Path, console: Console) -> dict[str, Any]:
     (item,) = search(catalog, WORLD, DATES)
     grid, root = grid_of(catalog), catalog.parent
     chunks = -(-grid.shape[0] // BLOCK) * -(-grid.shape[1] // BLOCK)
+    files = {band: Path(item.assets[band].href).resolve() for band in BANDS}
     with serving(root) as (address, traffic):
-        for asset in item.assets.values():
-            asset.href = f"{address}/{Path(asset.href).relative_to(root.resolve())}"
+        for band, file in files.items():
+            item.assets[band].href = f"{address}/{file.relative_to(root.resolve())}"
         seconds = timed(lambda: drain(stack([item], grid, list(BANDS), chunksize=BLOCK).data))
     decoded = sum(np.prod(item.assets[band].extra_fields["proj:shape"]) * 2 for band in BANDS)
-    on_disk = sum(path.stat().st_size for path in root.rglob("B*.tif"))
+    on_disk = sum(file.stat().st_size for file in files.values())
     figures = {
         "seconds": seconds, "chunks": chunks, "requests": traffic.requests, "bytes": traffic.sent,
         "decoded_bytes": int(decoded), "files_bytes": on_disk,
