@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import odc.stac
 import pystac
+import rasterio
 import rioxarray  # noqa: F401  registers .rio
 import xarray as xr
+from odc.geo.geobox import GeoBox
 from task import Network, run
 
 
@@ -18,8 +20,9 @@ def way(task: dict, network: Network) -> str:
     for item in items:
         item.make_asset_hrefs_absolute()
     chunks = {"x": task["core"], "y": task["core"]}
-    grid = {"crs": items[0].properties["proj:code"], "resolution": 10}
-    bands = odc.stac.load(items, bands=task["bands"], chunks=chunks, resampling="nearest", **grid)
+    with rasterio.open(task["image"]) as image:
+        grid = GeoBox.from_rio(image)  # left to itself it may begin a pixel earlier
+    bands = odc.stac.load(items, bands=task["bands"], geobox=grid, chunks=chunks, resampling="nearest")
     scene = bands.isel(time=0).to_dataarray("band")
     channels = scene.data.rechunk({0: -1}).map_blocks(
         network.channels, drop_axis=0, dtype=np.uint8, meta=np.empty((0, 0), np.uint8)
