@@ -162,12 +162,13 @@ def _picture(chips: ChipStore, chip: int, region: Place, maps: Mapping[str, xr.D
 
 
 def _telling(chips: ChipStore, part: str) -> list[int]:
-    """Chips with many classes in even shares, at places that do not overlap."""
+    """Chips with many labels of this part and many classes in even shares, at places that do not overlap."""
     indices = chips.indices(part)
-    shares = chips.histogram[indices] / chips.histogram[indices].sum(axis=1, keepdims=True)
-    evenness = -(shares * np.log(np.maximum(shares, 1e-9))).sum(axis=1)
+    labels = chips.histogram[indices].sum(axis=1, keepdims=True)
+    shares = chips.histogram[indices] / labels
+    worth = -(labels * shares * np.log(np.maximum(shares, 1e-9))).sum(axis=1)
     chosen: list[int] = []
-    for i in indices[np.argsort(-evenness, kind="stable")]:
+    for i in indices[np.argsort(-worth, kind="stable")]:
         apart = np.abs(chips.origin[chosen, 1:] - chips.origin[i, 1:]).max(axis=1, initial=0) >= chips.size[i]
         elsewhere = chips.area[chosen] != chips.area[i]
         if (apart | elsewhere).all():
