@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import statistics
 import threading
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,8 +79,10 @@ def read(catalog: Path, console: Console, repeats: int) -> dict[str, Any]:
 
 
 def drain(data: da.Array) -> None:
-    """Compute every chunk and keep nothing."""
-    data.map_blocks(lambda block: block[:1, :1, :1, :1].copy(), dtype=data.dtype, chunks=(1, 1, 1, 1)).compute()
+    """Compute every chunk and keep nothing, in threads of its own: files are opened anew, with no block decoded yet."""
+    few = data.map_blocks(lambda block: block[:1, :1, :1, :1].copy(), dtype=data.dtype, chunks=(1, 1, 1, 1))
+    with ThreadPoolExecutor(THREADS) as pool, dask.config.set(pool=pool):
+        few.compute()
 
 
 def plain_windows(hrefs: list[str], grid: GeoBox) -> None:
@@ -110,21 +113,6 @@ def plain_windows(hrefs: list[str], grid: GeoBox) -> None:
 # HTTP
 
 
-@dataclass
-class Traffic:
-    """What a server was asked for."""
-
-    requests: int = 0
-    sent: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def note(self, sent: int) -> None:
-        """Count one request."""
-        with self.lock:
-            self.requests += 1
-            self.sent += sent
-
-
 def over_http(catalog: Path, console: Console) -> dict[str, Any]:
     """Read the scene block by block from a server on this machine that takes its time; nothing is left in a cache."""
     (item,) = search(catalog, WORLD, DATES)
@@ -152,17 +140,44 @@ def over_http(catalog: Path, console: Console) -> dict[str, Any]:
     return figures
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a server was asked for; it counts in another process."""
+
+    counts: Any
+
+    @property
+    def requests(self) -> int:
+        """How many requests."""
+        return int(self.counts[0])
+
+    @property
+    def sent(self) -> int:
+        """Bytes of files sent."""
+        return int(self.counts[1])
+
+
 @contextmanager
 def serving(root: Path) -> Iterator[tuple[str, Traffic]]:
-    """Serve a folder, ranges included, on a free port; yields the address and the count of what was asked for."""
-    traffic = Traffic()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, root, traffic))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    """Serve a folder, ranges included, on a free port; yields the address and the count of what was asked for.
+
+    The server is a process of its own: in a thread it would wait for the interpreter, which a reader can hold.
+    """
+    context = multiprocessing.get_context("spawn")
+    counts, ports = context.Array("q", 2), context.SimpleQueue()
+    process = context.Process(target=_serve, args=(root, counts, ports), daemon=True)
+    process.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", traffic
+        yield f"http://127.0.0.1:{ports.get()}", Traffic(counts)
     finally:
-        server.shutdown()
-        server.server_close()
+        process.terminate()
+        process.join()
+
+
+def _serve(root: Path, counts: Any, ports: Any) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, root, counts))
+    ports.put(server.server_port)
+    server.serve_forever()
 
 
 class _Files(BaseHTTPRequestHandler):
@@ -170,9 +185,14 @@ class _Files(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"  # which keeps connections open
 
-    def __init__(self, root: Path, traffic: Traffic, *arguments: Any) -> None:
-        self.root, self.traffic = root, traffic
+    def __init__(self, root: Path, counts: Any, *arguments: Any) -> None:
+        self.root, self.counts = root, counts
         super().__init__(*arguments)
+
+    def _note(self, sent: int) -> None:
+        with self.counts.get_lock():
+            self.counts[0] += 1
+            self.counts[1] += sent
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -184,7 +204,7 @@ class _Files(BaseHTTPRequestHandler):
         time.sleep(DELAY)
         path = self.root / self.path.lstrip("/")
         if not path.is_file():
-            self.traffic.note(0)
+            self._note(0)
             self.send_error(404)
             return
         size = path.stat().st_size
@@ -196,7 +216,7 @@ class _Files(BaseHTTPRequestHandler):
         if asked:
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.end_headers()
-        self.traffic.note(last - first + 1 if body else 0)
+        self._note(last - first + 1 if body else 0)
         if body:
             with path.open("rb") as file:
                 file.seek(first)
