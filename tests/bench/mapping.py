@@ -70,7 +70,7 @@ def windows(catalog: Path, model: str, console: Console, size: int, repeats: int
                 }
             )  # fmt: skip
     table = Table("window", "depth", "overlap cost", "agreement %", "network Mpx/s", "net Mpx/s", "peak GiB", "",
-                  title=f"windows, {size} px of real pixels, torch on CPU (median of {repeats})")  # fmt: skip
+                  title=f"windows, {size} px of real pixels (median of {repeats})")  # fmt: skip
     for r in rows:
         table.add_row(
             str(r["window"]), str(r["depth"]), f"{r['overlap_cost']:.2f}", f"{100 * r['agreement']:.3f}",
