@@ -35,6 +35,11 @@ def choose_device(path: str, device: str) -> str:
     return device
 
 
+def has_bfloat16() -> bool:
+    """Whether the GPU calculates in bfloat16, and does not only imitate it."""
+    return bool(torch.cuda.is_bf16_supported(False))
+
+
 class TorchSession:
     """A network on a device: uint16 goes in, uint8 comes out, everything between happens there.
 
@@ -54,7 +59,7 @@ class TorchSession:
         self._batch = _ALL
         self._device = torch.device(device)
         self._bfloat16 = precision == "bfloat16"
-        if self._bfloat16 and self._device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        if self._bfloat16 and self._device.type == "cuda" and not has_bfloat16():
             raise ModelError(bundle.path, f"device {device} has no bfloat16 arithmetic: use precision 'float32'")
         if self._device.type == "cpu":
             keep_freed_memory()
