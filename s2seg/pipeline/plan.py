@@ -63,7 +63,7 @@ class MapOptions:
     runtime, device, precision
         Where and how the network runs; see :func:`s2seg.models.open_session`.
     core
-        Output pixels on a side of a block, at most; by default what keeps the network below 1 GiB. Smaller ones are
+        Output pixels on a side of a block, at most; by default what the network takes 1.25 GiB for. Smaller ones are
         chosen if many dates would not fit in memory.
     overwrite
         Replace an earlier result.

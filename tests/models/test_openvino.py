@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,10 +97,18 @@ def test_a_network_is_converted_once_and_torch_is_not_needed_again(renamed):
         "s.classify(np.ones((1, 4, 64, 64), np.uint16), 0, {'class', 'confidence'});"
         "print(s.name, 'torch' in sys.modules)"
     )
-    open_session(renamed)
-    done = subprocess.run([sys.executable, "-c", code, renamed.path], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{AUTO} False"
-    assert done.stderr == ""
+    for _ in ("converts in a process of its own", "finds the converted network"):
+        done = subprocess.run([sys.executable, "-c", code, renamed.path], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == f"{AUTO} False"
+        assert done.stderr == ""
+
+
+def test_a_conversion_that_fails_apart_says_why(renamed, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k != "torch"})
+    weights = Path(renamed.weights_path)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"renamed: weights\.safetensors is truncated"):
+        module._convert(renamed, tmp_path / "network.xml")
 
 
 def test_seams_are_announced_again_by_the_kept_form(renamed, monkeypatch):

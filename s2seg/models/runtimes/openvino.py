@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Set
@@ -156,7 +158,7 @@ _Key = tuple[tuple[int, ...], int, frozenset[str]]
 _FLOAT, _CHECK = "float", "check"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """Return the last line of an OpenVINO error, which says what happened; those before say where in its source."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:400] if lines else type(error).__name__
@@ -229,7 +231,7 @@ def _converted(bundle: ModelBundle) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            write_openvino(bundle, new / _FILE)
+            _convert(bundle, new / _FILE)
             _move(new, folder)
     except OSError as error:
         raise ConversionError(
@@ -239,6 +241,30 @@ def _converted(bundle: ModelBundle) -> Path:
 
 
 _FILE = "network.xml"
+
+_CONVERT = """
+import sys
+from pathlib import Path
+from s2seg.errors import ModelError
+from s2seg.models.bundle import load_model
+from s2seg.models.export import write_openvino
+try:
+    write_openvino(load_model(sys.argv[1]), Path(sys.argv[2]))
+except ModelError as error:
+    sys.exit(error.reason)
+"""
+
+
+def _convert(bundle: ModelBundle, file: Path) -> None:
+    """Write the converted network; where torch is not loaded yet, in a process that takes its memory away with it."""
+    if "torch" in sys.modules:
+        write_openvino(bundle, file)
+        return
+    command = [sys.executable, "-W", "ignore", "-c", _CONVERT, bundle.path, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConversionError(bundle.path, one_line(done.stderr or "its conversion died without a word"))
+    _warn_of_seams(bundle, file)
 
 
 def _move(new: Path, folder: Path) -> None:
