@@ -27,7 +27,7 @@ NO_SCORE = 255
 _VARIABLES = {"class": "land_cover", "confidence": "confidence", "probability": "probability"}
 _BATCH_PIXELS = 2**18
 
-_NETWORK_BYTES = 5 * 2**28
+_NETWORK_BYTES = 2**30
 """What the network may take for a window."""
 
 _BYTES_PER_PIXEL = {"openvino cpu float32": 260, "openvino cpu bfloat16": 190}
@@ -159,7 +159,7 @@ def chunks_for(model: ModelBundle, core: int = 1024, shape: Shape | None = None)
 
 
 def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto") -> int:
-    """Choose the output pixels on a side of a block, at most: the network then takes 1.25 GiB for a window.
+    """Choose the output pixels on a side of a block, at most: the network then takes 1 GiB for a window.
 
     Parameters
     ----------

@@ -30,12 +30,14 @@ _CHUNK_BYTES = 384 * 2**20
 """What the dates and bands of one block may take, decoded."""
 
 _THREADS = 2
+_ROWS_WAITING = 3
 
 _LIBRARIES_BYTES = {"torch": 750 * 2**20}
 _OTHER_LIBRARIES_BYTES = 650 * 2**20
-_TILE = (16384, 4096)
-"""Pixels (down, across) of what is computed as one graph, at most: its blocks wait for neighbours row by row, so what
-they take together depends on the width alone."""
+_WAITING_BYTES = 400 * 2**20
+_TILE = (16384, 16384)
+"""Pixels (down, across) of what is computed as one graph, at most. Its blocks wait for their neighbours row by row, so
+what they take together depends on the width alone: as many go side by side as ``_WAITING_BYTES`` hold."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class MapOptions:
     runtime, device, precision
         Where and how the network runs; see :func:`s2seg.models.open_session`.
     core
-        Output pixels on a side of a block, at most; by default what the network takes 1.25 GiB for. Smaller ones are
+        Output pixels on a side of a block, at most; by default what the network takes 1 GiB for. Smaller ones are
         chosen if many dates would not fit in memory.
     overwrite
         Replace an earlier result.
@@ -149,8 +151,15 @@ class Plan:
     @property
     def tile(self) -> tuple[int, int]:
         """Pixels (down, across) that are computed as one graph: whole blocks."""
-        down, across = (max(1, side // core) * core for side, core in zip(_TILE, self.chunks.core, strict=True))
-        return down, across
+        height, width = self.chunks.core
+        side_by_side = min(_TILE[1] // width, _WAITING_BYTES // (_ROWS_WAITING * self._block_bytes) - 1)
+        return max(1, _TILE[0] // height) * height, max(1, side_by_side) * width
+
+    @property
+    def _block_bytes(self) -> int:
+        """A composited block, with its count of observations."""
+        height, width = self.chunks.core
+        return (len(self.model.spec.bands) + 1) * height * width * 2
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -278,15 +287,15 @@ def _peak_memory(plan: Plan) -> int:
 
     What counts: the libraries and GDAL's cache; the network's own buffers, which grow with the window; the dates of
     the blocks that are being read; and the composited blocks (with their count of observations) that wait for
-    their neighbours: three rows of a tile.
+    their neighbours.
     """
     height, width = plan.chunks.core
     context = plan.chunks.before + plan.chunks.after
     side = (height + context) * (width + context)
     reading = _THREADS * plan.dates_per_block * len(plan.bands) * side * 2
     reducing = _THREADS * plan.dates_per_block * side * 8
-    in_a_row = min(plan.blocks[1], plan.tile[1] // width)
-    waiting = 3 * (in_a_row + 1) * (len(plan.model.spec.bands) + 1) * height * width * 2
+    side_by_side = min(plan.blocks[1], plan.tile[1] // width)
+    waiting = _ROWS_WAITING * (side_by_side + 1) * plan._block_bytes
     choice = plan.options.runtime, plan.options.device, plan.options.precision
     network = network_bytes(plan.model, plan.chunks, *choice)
     libraries = _LIBRARIES_BYTES.get(expected_session(plan.model, *choice)[0], _OTHER_LIBRARIES_BYTES)
