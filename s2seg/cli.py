@@ -117,7 +117,10 @@ def map_command(
     precision: Annotated[
         str, typer.Option(help="float32, also for auto, or bfloat16: about three times as fast on a CPU with AMX.")
     ] = "auto",
-    core: Annotated[int, typer.Option(help="Pixels on a side of a block: memory grows with its square.")] = 1024,
+    core: Annotated[
+        int | None,
+        typer.Option(help="Pixels on a side of a block: memory grows with its square [default: about 2 GiB]."),
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler, tcp://host:8786.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Start this many local worker processes instead of threads.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, compute nothing.")] = False,

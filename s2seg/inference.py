@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
@@ -14,8 +15,8 @@ import xarray as xr
 from s2seg.errors import InputError, MissingBandError
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
-from s2seg.models.runtimes import Session, SessionRef, summarize
-from s2seg.windows import ChunkSpec, Span
+from s2seg.models.runtimes import Session, SessionRef, expected_session, summarize
+from s2seg.windows import ChunkSpec, Margin, Shape, Span
 
 Layer = Literal["class", "confidence", "probability"]
 LAYERS: tuple[Layer, ...] = ("class", "confidence", "probability")
@@ -24,10 +25,14 @@ NO_SCORE = 255
 """Stored in ``confidence`` and ``probability`` where there is no answer."""
 
 _VARIABLES = {"class": "land_cover", "confidence": "confidence", "probability": "probability"}
-Margin = tuple[tuple[int, int], tuple[int, int]]
-"""Pixels around an area: ((above, below), (left, right))."""
-
 _BATCH_PIXELS = 2**18
+
+_NETWORK_BYTES = 2**30
+"""What the network may take for a window."""
+
+_BYTES_PER_PIXEL = {"openvino cpu float32": 260, "openvino cpu bfloat16": 190}
+_OTHER_BYTES_PER_PIXEL = 800
+"""Of a window, by session; measured for a U-Net with mobilenet_v2."""
 _inference = threading.Lock()
 
 
@@ -101,12 +106,12 @@ def predict(
             compat="override",
         )
 
-    spec = chunks or chunks_for(model)
-    session = SessionRef(model.path, model.sha256, runtime, device, precision)
     if not isinstance(scene.data, da.Array):
         scene = scene.chunk()
     area = _without_margin(scene, margin)
     size = area.sizes["y"], area.sizes["x"]
+    spec = chunks or chunks_for(model, core_for(model, runtime, device, precision), size)
+    session = SessionRef(model.path, model.sha256, runtime, device, precision)
     padded = _pad(scene.data, size, spec, margin)
     ordered = [layer for layer in LAYERS if layer in layers]
     channels = sum(_channels(layer, model.spec.legend) for layer in ordered)
@@ -117,7 +122,7 @@ def predict(
         boundary="none",
         trim=False,
         allow_rechunk=False,
-        chunks=((channels,), *(_padded_cores(spec, n) for n in size)),
+        chunks=((channels,), *spec.whole_cores(size)),
         dtype=np.uint8,
         meta=np.empty((0, 0, 0), np.uint8),
         session=session,
@@ -128,26 +133,54 @@ def predict(
     return _dataset(blocks[:, : size[0], : size[1]], area, model, ordered)
 
 
-def chunks_for(model: ModelBundle, core: int = 1024) -> ChunkSpec:
+def chunks_for(model: ModelBundle, core: int = 1024, shape: Shape | None = None) -> ChunkSpec:
     """Choose the geometry for a model.
 
     Networks of a fixed input size, or whose answer depends on the window's size because they pool globally, get a
     tapered blend of their own windows. All others see a whole block at once and are trimmed: a core of 1024 keeps
-    99.9 % agreement with a whole image, and a run under 4 GiB with torch on a CPU; 1536 is a little faster net of its
-    overlap but reaches 4 GiB on a whole tile (``python -m tests.bench map``).
+    99.9 % agreement with a whole image, and larger ones more (``python -m tests.bench map``).
 
     Parameters
     ----------
     model
         Its ``stride``, ``depth`` and ``window`` count.
     core
-        Output pixels on a side of a block.
+        Output pixels on a side of a block, at most (:func:`core_for`); rounded down to the stride.
+    shape
+        Pixels (down, across) of the grid, to cut it into blocks that are all alike.
     """
     spec = model.spec
     if spec.window is not None or spec.global_context:
         window = spec.window or 512
-        return ChunkSpec.blended(core, window, overlap=_quarter(window, spec.stride), stride=spec.stride)
-    return ChunkSpec.trimmed(core, step=core, depth=spec.depth, stride=spec.stride)
+        overlap = _quarter(window, spec.stride)
+        return ChunkSpec.blended(core, window, overlap=overlap, stride=spec.stride, shape=shape)
+    least = max(spec.depth, spec.stride)
+    return ChunkSpec.trimmed(max(core // spec.stride * spec.stride, least), spec.depth, spec.stride, shape)
+
+
+def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto") -> int:
+    """Choose the output pixels on a side of a block, at most: the network then takes about 1 GiB for a window.
+
+    Parameters
+    ----------
+    model
+        Its context counts.
+    runtime, device, precision
+        As in :func:`s2seg.models.open_session`.
+    """
+    window = math.isqrt(_NETWORK_BYTES // _bytes_per_pixel(model, runtime, device, precision))
+    return window - 2 * model.spec.depth
+
+
+def network_bytes(model: ModelBundle, chunks: ChunkSpec, runtime: str, device: str, precision: str) -> int:
+    """Estimate what the network takes for its windows, in bytes; the choices are those of :func:`core_for`."""
+    height, width = chunks.window
+    return _bytes_per_pixel(model, runtime, device, precision) * max(height * width, _BATCH_PIXELS)
+
+
+def _bytes_per_pixel(model: ModelBundle, runtime: str, device: str, precision: str) -> int:
+    session = expected_session(model, runtime, device, precision)
+    return _BYTES_PER_PIXEL.get(" ".join(session), _OTHER_BYTES_PER_PIXEL)
 
 
 def _quarter(window: int, stride: int) -> int:
@@ -171,8 +204,9 @@ def _without_margin(scene: xr.DataArray, margin: Margin) -> xr.DataArray:
 
 def _pad(data: da.Array, size: tuple[int, int], spec: ChunkSpec, margin: Margin) -> da.Array:
     """Give (band, y, x) the context and the chunks that the blocks need."""
-    for axis, (n, have) in enumerate(zip(size, margin, strict=True), start=1):
-        before, after = (want - got for want, got in zip(spec.padding(n), have, strict=True))
+    wanted = spec.padding(size)
+    for axis, have in enumerate(margin, start=1):
+        before, after = wanted[axis - 1][0] - have[0], wanted[axis - 1][1] - have[1]
         if before < 0 or after < 0:
             keep = slice(max(-before, 0), data.shape[axis] + min(after, 0))
             data = data[(slice(None),) * axis + (keep,)]
@@ -185,12 +219,8 @@ def _pad(data: da.Array, size: tuple[int, int], spec: ChunkSpec, margin: Margin)
             data = data.rechunk({axis: -1}).map_blocks(np.pad, widths, mode="symmetric", chunks=chunks, meta=data._meta)
         elif before or after:
             data = da.pad(data, widths, mode="symmetric")
-    return data.rechunk({0: -1, 1: spec.chunks(size[0]), 2: spec.chunks(size[1])})
-
-
-def _padded_cores(spec: ChunkSpec, size: int) -> tuple[int, ...]:
-    """Output pixels of each block before the ragged end is cut off."""
-    return tuple(n + -n % spec.unit for n in spec.cores(size))
+    down, across = spec.chunks(size)
+    return data.rechunk({0: -1, 1: down, 2: across})
 
 
 def _channels(layer: Layer, legend: Legend) -> int:
@@ -228,7 +258,7 @@ def _trim(
     """Keep the middle of each window."""
     kept = [
         (rows, cols)
-        for rows, cols in spec.windows(*out.shape[1:])
+        for rows, cols in spec.windows(_shape(out))
         if valid[
             rows.start + spec.before : rows.stop - spec.after, cols.start + spec.before : cols.stop - spec.after
         ].any()
@@ -254,7 +284,7 @@ def _blend(
     taper = spec.taper()
     total = np.zeros((len(legend), *block.shape[1:]), dtype=np.float32)
     weight = np.zeros(block.shape[1:], dtype=np.float32)
-    seen = [w for w in spec.windows(*out.shape[1:]) if valid[w[0].slice, w[1].slice].any()]
+    seen = [w for w in spec.windows(_shape(out)) if valid[w[0].slice, w[1].slice].any()]
     for batch in _batches(seen):
         for (rows, cols), p in zip(batch, session.probabilities(_gather(block, batch)), strict=True):
             total[:, rows.slice, cols.slice] += p * taper
@@ -278,6 +308,10 @@ def _batches(windows: Sequence[tuple[Span, Span]]) -> Iterator[list[tuple[Span, 
 
 def _gather(block: npt.NDArray[np.uint16], windows: Sequence[tuple[Span, Span]]) -> npt.NDArray[np.uint16]:
     return np.stack([block[:, rows.slice, cols.slice] for rows, cols in windows])
+
+
+def _shape(out: npt.NDArray[np.uint8]) -> Shape:
+    return out.shape[1], out.shape[2]
 
 
 def _put(

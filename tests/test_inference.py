@@ -57,7 +57,7 @@ def whole_image(model: ModelBundle, pixels: np.ndarray, margin: int = 32) -> np.
 @pytest.mark.parametrize("core", [128, 256])
 def test_chunked_prediction_is_the_whole_image_prediction(model: ModelBundle, size: tuple[int, int], core: int) -> None:
     scene = make_scene(*size)
-    chunks = ChunkSpec.trimmed(core=core, step=64, depth=32)
+    chunks = ChunkSpec.trimmed(core=core, depth=32)
     got = predict(scene, model, layers=("class", "confidence", "probability"), chunks=chunks)
     expected = whole_image(model, scene.values)
     np.testing.assert_array_equal(got.land_cover.values, LEGEND.channel_to_code()[expected.argmax(axis=0)])
@@ -71,7 +71,7 @@ def test_chunked_prediction_is_the_whole_image_prediction(model: ModelBundle, si
 def test_the_answer_does_not_depend_on_chunks_or_scheduler(model: ModelBundle, fixed_model: ModelBundle) -> None:
     scene = make_scene(300, 411, holes=True)
     for bundle, specs in (
-        (model, [ChunkSpec.trimmed(core=c, step=s, depth=32) for c, s in ((64, 32), (128, 128), (512, 256))]),
+        (model, [ChunkSpec.trimmed(core=c, depth=32) for c in (64, (96, 128), 512)]),
         (fixed_model, [ChunkSpec.blended(core=c, window=128, overlap=32) for c in (96, 192, 480)]),
     ):
         maps = [predict(scene, bundle, chunks=spec, layers=("class", "confidence")) for spec in specs]
@@ -87,8 +87,8 @@ def test_blending_averages_windows_by_their_taper(fixed_model: ModelBundle) -> N
     spec = ChunkSpec.blended(core=96, window=128, overlap=32)
     got = predict(scene, fixed_model, layers=("probability",), chunks=spec).probability.values
     # the oracle: windows on the lattice from the origin, each weighted by a raised cosine of its own
-    (before, after) = spec.padding(200)
-    padded = np.pad(scene.values, [(0, 0), (before, after), (before, after)], mode="symmetric")
+    (before, after), across = spec.padding((200, 200))
+    padded = np.pad(scene.values, [(0, 0), (before, after), across], mode="symmetric")
     line = np.minimum(np.arange(128) + 0.5, 128 - np.arange(128) - 0.5)
     line = np.where(line < 32, np.sin(np.pi / 2 * np.minimum(line, 32) / 32) ** 2, 1)
     session = onnxruntime.InferenceSession(str(fixed_model.weights_path))
@@ -106,8 +106,8 @@ def test_blending_averages_windows_by_their_taper(fixed_model: ModelBundle) -> N
 
 def test_a_real_margin_replaces_reflection(model: ModelBundle) -> None:
     scene = make_scene(400, 400)
-    spec = ChunkSpec.trimmed(core=128, step=128, depth=32)
-    (above, below), (left, right) = spec.padding(200), spec.padding(150)
+    spec = ChunkSpec.trimmed(core=128, depth=32, shape=(200, 150))
+    (above, below), (left, right) = spec.padding((200, 150))
     area = scene.isel(y=slice(100, 300), x=slice(120, 270))
     wide = scene.isel(y=slice(100 - above, 300 + below), x=slice(120 - left, 270 + right))
     got = predict(wide, model, chunks=spec, margin=((above, below), (left, right)))
@@ -131,9 +131,7 @@ def test_nodata_in_is_nodata_out_and_empty_windows_never_reach_the_network(
         "classify",
         lambda self, windows, *rest: seen.append(windows) or original(self, windows, *rest),
     )
-    got = predict(
-        scene, model, layers=("class", "confidence"), chunks=ChunkSpec.trimmed(core=64, step=64, depth=32)
-    ).compute()
+    got = predict(scene, model, layers=("class", "confidence"), chunks=ChunkSpec.trimmed(core=64, depth=32)).compute()
     invalid = (scene.values == 0).any(axis=0)
     np.testing.assert_array_equal(got.land_cover.values == LEGEND.nodata, invalid)
     np.testing.assert_array_equal(got.confidence.values == 255, invalid)
@@ -180,4 +178,4 @@ def test_bad_requests_are_told_apart(model: ModelBundle) -> None:
 
 def test_fixed_and_global_networks_are_blended(model: ModelBundle, fixed_model: ModelBundle) -> None:
     assert not chunks_for(model).blend
-    assert chunks_for(fixed_model).blend and chunks_for(fixed_model).window == 128
+    assert chunks_for(fixed_model).blend and chunks_for(fixed_model).window == (128, 128)

@@ -197,7 +197,7 @@ def test_many_dates_make_smaller_blocks(
 ) -> None:
     monkeypatch.setattr("s2seg.pipeline.plan._CHUNK_BYTES", 6 * 5 * 2 * 512 * 512)
     plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, model, MapOptions(core=2048))
-    assert plan.chunks.core == 512
+    assert max(plan.chunks.core) <= 512
 
 
 def test_the_plan_knows_what_a_runtime_takes(synthetic: SyntheticRegion, model: ModelBundle) -> None:

@@ -85,11 +85,13 @@ def _reads(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     A tile then reads no more of its neighbour than the context that it needs.
     """
+    shape = plan.geobox.shape.yx
     chunks = []
-    for size, tile in zip(plan.geobox.shape, plan.tile, strict=True):
-        edges = set(np.cumsum([0, *plan.chunks.chunks(size)]).tolist())
-        for part in _tiles(size, tile):
-            edges |= {part.start, part.stop + sum(plan.chunks.padding(part.stop - part.start))}
+    for axis, blocks in enumerate(plan.chunks.chunks(shape)):
+        edges = set(np.cumsum([0, *blocks]).tolist())
+        for part in _tiles(shape[axis], plan.tile[axis]):
+            length = part.stop - part.start
+            edges |= {part.start, part.stop + sum(plan.chunks.padding((length, length))[axis])}
         chunks.append(tuple(np.diff(sorted(edges)).tolist()))
     down, across = chunks
     return down, across
@@ -97,7 +99,7 @@ def _reads(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _predict_tile(plan: Plan, scene: xr.DataArray, rows: slice, cols: slice) -> xr.Dataset:
     """Classify one tile, lazily, with its context from the padded scene."""
-    margin = plan.chunks.padding(rows.stop - rows.start), plan.chunks.padding(cols.stop - cols.start)
+    margin = plan.chunks.padding((rows.stop - rows.start, cols.stop - cols.start))
     y, x = slice(rows.start, rows.stop + sum(margin[0])), slice(cols.start, cols.stop + sum(margin[1]))
     return predict(
         scene.isel(y=y, x=x), plan.model, layers=plan.options.layers, chunks=plan.chunks, margin=margin,

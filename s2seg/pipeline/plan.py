@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,9 @@ from odc.geo.geobox import GeoBox
 from shapely.geometry.base import BaseGeometry
 
 from s2seg.errors import InputError
-from s2seg.inference import LAYERS, Layer, Margin, chunks_for
+from s2seg.inference import LAYERS, Layer, chunks_for, core_for, network_bytes
 from s2seg.models.bundle import ModelBundle, load_model
-from s2seg.models.runtimes import expected_runtime
+from s2seg.models.runtimes import expected_session
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.catalogs import Catalog
 from s2seg.sources.composite import CompositeSpec
@@ -23,7 +24,7 @@ from s2seg.sources.reader import GDAL_ENV
 from s2seg.sources.scene import SceneSpec, bands_to_read, passes_of
 from s2seg.sources.search import coverage, search
 from s2seg.sources.stack import geobox_for
-from s2seg.windows import ChunkSpec
+from s2seg.windows import ChunkSpec, Margin, Shape
 
 _CHUNK_BYTES = 384 * 2**20
 """What the dates and bands of one block may take, decoded."""
@@ -32,10 +33,6 @@ _THREADS = 2
 
 _LIBRARIES_BYTES = {"torch": 750 * 2**20}
 _OTHER_LIBRARIES_BYTES = 650 * 2**20
-_NETWORK_BYTES_PER_PIXEL = {"openvino": 320}
-_OTHER_NETWORK_BYTES_PER_PIXEL = 800
-"""Of a window, by runtime; measured for a U-Net with mobilenet_v2 in float32."""
-
 _TILE = (16384, 4096)
 """Pixels (down, across) of what is computed as one graph, at most: its blocks wait for neighbours row by row, so what
 they take together depends on the width alone."""
@@ -66,7 +63,8 @@ class MapOptions:
     runtime, device, precision
         Where and how the network runs; see :func:`s2seg.models.open_session`.
     core
-        Output pixels on a side of a block; smaller ones are chosen if many dates would not fit in memory.
+        Output pixels on a side of a block, at most; by default what keeps the network below 1 GiB. Smaller ones are
+        chosen if many dates would not fit in memory.
     overwrite
         Replace an earlier result.
     """
@@ -82,7 +80,7 @@ class MapOptions:
     runtime: str = "auto"
     device: str = "auto"
     precision: str = "auto"
-    core: int = 1024
+    core: int | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +91,7 @@ class MapOptions:
             )
         if self.resampling not in ("nearest", "bilinear"):
             raise InputError(f"resampling must be nearest or bilinear, not {self.resampling!r}")
-        if self.core < 1:
+        if self.core is not None and self.core < 1:
             raise InputError(f"core must be a positive number of pixels, not {self.core}")
 
     @property
@@ -146,20 +144,24 @@ class Plan:
     @property
     def margin(self) -> Margin:
         """Context pixels around the map: ((above, below), (left, right))."""
-        height, width = self.geobox.shape
-        return self.chunks.padding(height), self.chunks.padding(width)
+        return self.chunks.padding(self.geobox.shape.yx)
 
     @property
     def tile(self) -> tuple[int, int]:
         """Pixels (down, across) that are computed as one graph: whole blocks."""
-        down, across = (max(1, side // self.chunks.core) * self.chunks.core for side in _TILE)
+        down, across = (max(1, side // core) * core for side, core in zip(_TILE, self.chunks.core, strict=True))
         return down, across
 
     @property
     def blocks(self) -> tuple[int, int]:
         """Blocks down and across."""
-        height, width = self.geobox.shape
-        return len(self.chunks.cores(height)), len(self.chunks.cores(width))
+        down, across = self.chunks.cores(self.geobox.shape.yx)
+        return len(down), len(across)
+
+    @property
+    def overlap_cost(self) -> float:
+        """Network pixels per pixel of the map."""
+        return self.chunks.cost(self.geobox.shape.yx)
 
     @property
     def dates_per_block(self) -> int:
@@ -186,10 +188,10 @@ class Plan:
             ("passes", f"{len(self.passes)}, {scene}"),
             ("bands", ", ".join(self.bands)),
             ("grid", f"{width} x {height} pixels of {self.options.resolution:g} m, {self.geobox.crs}"),
-            ("blocks", f"{self.blocks[1]} x {self.blocks[0]} of {self.chunks.core} pixels"),
+            ("blocks", f"{self.blocks[1]} x {self.blocks[0]} of {_by(self.chunks.core)} pixels"),
             (
                 "windows",
-                f"{self.chunks.window} pixels, {window}; the network sees {self.chunks.overlap_cost:.2f} x the pixels",
+                f"{_by(self.chunks.window)} pixels, {window}; the network sees {self.overlap_cost:.2f} x the pixels",
             ),
             ("to read", f"{self.bytes_to_read / 1e6:,.0f} MB decoded, about half of it compressed"),
             ("peak memory", f"{self.peak_memory / 2**30:.1f} GiB (estimate for one process)"),
@@ -233,7 +235,7 @@ def plan_area(
         aoi=area,
         geobox=geobox,
         bands=bands,
-        chunks=chunks_for(bundle, _core_that_fits(options.core, dates, len(bands), bundle.spec.stride)),
+        chunks=chunks_for(bundle, _core(bundle, options, dates, len(bands)), geobox.shape.yx),
         passes=passes,
         model=bundle,
         options=options,
@@ -247,10 +249,16 @@ def scene_spec(model: ModelBundle, options: MapOptions) -> SceneSpec:
     return SceneSpec(bands, options.composite, options.resampling, seasons)
 
 
-def _core_that_fits(core: int, dates: int, bands: int, stride: int) -> int:
-    while core > 8 * stride and core * core * dates * bands * 2 > _CHUNK_BYTES:
-        core //= 2
-    return core
+def _core(bundle: ModelBundle, options: MapOptions, dates: int, bands: int) -> int:
+    """Output pixels on a side of a block, at most: what the network and the dates of a block have memory for."""
+    core = options.core or core_for(bundle, options.runtime, options.device, options.precision)
+    fits = math.isqrt(_CHUNK_BYTES // (dates * bands * 2))
+    return min(core, max(fits, 8 * bundle.spec.stride))
+
+
+def _by(shape: Shape) -> str:
+    height, width = shape
+    return f"{width} x {height}"
 
 
 def _bytes(item: pystac.Item, band: str, plan: Plan) -> int:
@@ -272,12 +280,14 @@ def _peak_memory(plan: Plan) -> int:
     the blocks that are being read; and the composited blocks (with their count of observations) that wait for
     their neighbours: three rows of a tile.
     """
-    side = plan.chunks.core + plan.chunks.before + plan.chunks.after
-    reading = _THREADS * plan.dates_per_block * len(plan.bands) * side**2 * 2
-    reducing = _THREADS * plan.dates_per_block * side**2 * 8
-    across = min(plan.blocks[1], plan.tile[1] // plan.chunks.core)
-    waiting = 3 * (across + 1) * (len(plan.model.spec.bands) + 1) * plan.chunks.core**2 * 2
-    runtime = expected_runtime(plan.model, plan.options.runtime, plan.options.device)
-    network = _NETWORK_BYTES_PER_PIXEL.get(runtime, _OTHER_NETWORK_BYTES_PER_PIXEL) * max(plan.chunks.window**2, 2**18)
-    libraries = _LIBRARIES_BYTES.get(runtime, _OTHER_LIBRARIES_BYTES) + GDAL_ENV["GDAL_CACHEMAX"]
-    return libraries + network + reading + reducing + waiting
+    height, width = plan.chunks.core
+    context = plan.chunks.before + plan.chunks.after
+    side = (height + context) * (width + context)
+    reading = _THREADS * plan.dates_per_block * len(plan.bands) * side * 2
+    reducing = _THREADS * plan.dates_per_block * side * 8
+    in_a_row = min(plan.blocks[1], plan.tile[1] // width)
+    waiting = 3 * (in_a_row + 1) * (len(plan.model.spec.bands) + 1) * height * width * 2
+    choice = plan.options.runtime, plan.options.device, plan.options.precision
+    network = network_bytes(plan.model, plan.chunks, *choice)
+    libraries = _LIBRARIES_BYTES.get(expected_session(plan.model, *choice)[0], _OTHER_LIBRARIES_BYTES)
+    return libraries + GDAL_ENV["GDAL_CACHEMAX"] + network + reading + reducing + waiting

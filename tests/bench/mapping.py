@@ -12,7 +12,7 @@ from odc.geo.geobox import GeoBox
 from rich.console import Console
 from rich.table import Table
 
-from s2seg.inference import chunks_for, predict
+from s2seg.inference import chunks_for, core_for, predict
 from s2seg.models import ModelBundle, load_model, open_session
 from s2seg.outputs.cog import write_cog
 from s2seg.outputs.zarr import write_zarr
@@ -21,7 +21,7 @@ from s2seg.sources.composite import CompositeSpec, composite
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
 from s2seg.windows import ChunkSpec
-from tests.bench.fixtures import BLOCK, DATES, WORLD, fitted_network, grid_of, inner_box, piece, scene
+from tests.bench.fixtures import DATES, WORLD, fitted_network, grid_of, inner_box, piece, scene
 from tests.bench.measuring import MEGA, THREADS, fresh, gib, spread, timed
 
 __all__ = ["THREADS", "chain", "end_to_end", "fresh", "measure", "show", "whole_image"]
@@ -31,6 +31,9 @@ MARGIN = 128
 
 CLASS = frozenset({"class"})
 
+Way = tuple[str, str]
+"""Runtime and precision."""
+
 
 def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
     """Run all measurements of ``map``; returns the figures."""
@@ -39,7 +42,7 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
     catalog = scene(folder, size)
     figures: dict[str, Any] = {
         "windows": windows(catalog, model, console, 512 if quick else 3072, 1 if quick else 2),
-        "end_to_end": [end_to_end(catalog, size, model, folder, repeats)],
+        "end_to_end": [end_to_end(catalog, size, model, folder, repeats, p) for p in ("auto", "float32")],
     }
     show(figures["end_to_end"], console)
     return figures
@@ -50,23 +53,24 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
 
 def windows(catalog: Path, model: str, console: Console, size: int, repeats: int) -> list[dict[str, Any]]:
     """Agreement with the whole image, cost of the overlap, and what remains of the network's speed."""
-    default = chunks_for(load_model(model))
+    bundle = load_model(model)
+    default = chunks_for(bundle, core_for(bundle, precision="float32"))
     whole, whole_peak = fresh(whole_image, catalog, model, size)
     console.print(f"whole image of {size} px at once: {gib(whole_peak)} GiB")
     rows = []
-    for step in (512, 1024, 1536, 2048):
-        for depth in (0, 32, 64) if step == default.step else (32, 64):
+    for step in sorted({512, 1024, 1536, 2048, default.core[0]}):
+        for depth in (0, 32, 64, 96) if step == default.core[0] else (32, 64):
             if step > size:
                 continue
             (seconds, codes), peak = fresh(_chunked, catalog, model, size, step, depth, repeats)
-            spec = ChunkSpec.trimmed(core=step, step=step, depth=depth)
+            spec = ChunkSpec.trimmed(step, depth)
             net = size * size / 1e6 / statistics.median(seconds)
             rows.append(
                 {
-                    "step": step, "depth": depth, "window": spec.window, "overlap_cost": spec.overlap_cost,
+                    "step": step, "depth": depth, "window": spec.window[0], "overlap_cost": spec.overlap_cost,
                     "agreement": float((codes == whole).mean()), "net_mpx_s": net,
                     "network_mpx_s": net * spec.overlap_cost, "peak_bytes": peak, "seconds": seconds,
-                    "default": (step, depth) == (default.step, default.before),
+                    "default": (step, depth) == (default.core[0], default.before),
                 }
             )  # fmt: skip
     table = Table("window", "depth", "overlap cost", "agreement %", "network Mpx/s", "net Mpx/s", "peak GiB", "",
@@ -92,8 +96,8 @@ def _chunked(
 ) -> tuple[list[float], np.ndarray]:
     scene_ = piece(catalog, size, depth)
     margin = ((depth, depth), (depth, depth))
-    spec = ChunkSpec.trimmed(core=step, step=step, depth=depth)
-    lazy = predict(scene_, load_model(model), chunks=spec, margin=margin).land_cover
+    spec = ChunkSpec.trimmed(step, depth, shape=(size, size))
+    lazy = predict(scene_, load_model(model), chunks=spec, margin=margin, precision="float32").land_cover
     codes = lazy.values  # the first run pays for set-up
     return [timed(lazy.compute) for _ in range(repeats)], codes
 
@@ -102,65 +106,72 @@ def _chunked(
 
 
 def chain(
-    catalog: Path, grid: GeoBox, model: ModelBundle, target: Path, spec: CompositeSpec, runtime: str = "auto"
+    catalog: Path, grid: GeoBox, model: ModelBundle, target: Path, spec: CompositeSpec, way: Way = ("auto", "auto")
 ) -> None:
     """From a catalog to ``target``.zarr and ``target``.tif with overviews: what ``map_area`` does, on a given grid."""
     items = search(catalog, WORLD, DATES)
     bands = [*model.spec.bands, "scl"] if spec.mask else model.spec.bands
-    scene_ = composite(stack(items, grid, bands, chunksize=BLOCK), spec)
-    zarr = write_zarr(predict(scene_, model, runtime=runtime), target.with_suffix(".zarr"), overwrite=True)
+    runtime, precision = way
+    chunks = chunks_for(model, core_for(model, runtime, precision=precision), grid.shape.yx)
+    scene_ = composite(stack(items, grid, bands, chunksize=chunks.cores(grid.shape.yx)), spec)
+    classes = predict(scene_, model, chunks=chunks, runtime=runtime, precision=precision)
+    zarr = write_zarr(classes, target.with_suffix(".zarr"), overwrite=True)
     write_cog(zarr, target.with_suffix(".tif"), legend=model.spec.legend, overwrite=True)
 
 
-def end_to_end(catalog: Path, size: int, model: str, folder: Path, repeats: int) -> dict[str, Any]:
+def end_to_end(
+    catalog: Path, size: int, model: str, folder: Path, repeats: int, precision: str = "auto"
+) -> dict[str, Any]:
     """``map_area`` in a process of its own, then the network alone on the same pixels, in memory."""
-    (records, seconds, first, planned), peak = fresh(_map, catalog, model, folder / "map", repeats)
-    height, width = records[0]["grid"]["shape"]
-    (session, bare), _ = fresh(_network_alone, catalog, model)
+    options = MapOptions(composite=CompositeSpec(mask=()), precision=precision, overwrite=True)
+    plan = plan_area(catalog, inner_box(catalog), DATES, model, options)
+    (stages, seconds, first), peak = fresh(_map, catalog, model, folder / "map", options, repeats)
+    height, width = plan.geobox.shape
+    (session, bare), _ = fresh(_network_alone, catalog, model, precision, plan.chunks.window)
     return {
-        "size": size, "mpx": height * width / MEGA, "seconds": seconds, "first_seconds": first,
-        "stages": [record["seconds"] for record in records], "peak_bytes": peak, "planned_bytes": planned,
-        "session": session, "network_mpx_s": bare, "overlap_cost": chunks_for(load_model(model)).overlap_cost,
+        "size": size, "mpx": height * width / MEGA, "seconds": seconds, "first_seconds": first, "stages": stages,
+        "peak_bytes": peak, "planned_bytes": plan.peak_memory, "session": session, "network_mpx_s": bare,
+        "window": plan.chunks.window, "overlap_cost": plan.overlap_cost,
     }  # fmt: skip
 
 
-def _map(catalog: Path, model: str, output: Path, repeats: int) -> tuple[list[dict[str, Any]], list[float], float, int]:
-    options = MapOptions(composite=CompositeSpec(mask=()), overwrite=True)
+def _map(
+    catalog: Path, model: str, output: Path, options: MapOptions, repeats: int
+) -> tuple[list[dict[str, float]], list[float], float]:
     box = inner_box(catalog)
-    planned = plan_area(catalog, box, DATES, model, options).peak_memory
     # a first, small map pays for imports and for opening the network, once per process
     west, south, east, north = box
     corner = west, south, west + (east - west) / 16, south + (north - south) / 16
     first = timed(lambda: map_area(catalog, corner, DATES, model, output, options))
-    records: list[dict[str, Any]] = []
+    stages: list[dict[str, float]] = []
     seconds = [
-        timed(lambda: records.append(dict(map_area(catalog, box, DATES, model, output, options).record)))
+        timed(lambda: stages.append(map_area(catalog, box, DATES, model, output, options).record["seconds"]))
         for _ in range(repeats)
     ]
     shutil.rmtree(output)
-    return records, seconds, first, planned
+    return stages, seconds, first
 
 
-def _network_alone(catalog: Path, model: str) -> tuple[str, list[float]]:
-    """The session, and Mpx/s of windows of the default's size laid side by side."""
-    bundle = load_model(model)
-    session, window = open_session(bundle), chunks_for(bundle).window
-    pixels = piece(catalog, min(window, *grid_of(catalog).shape)).values[None]
-    pixels = np.pad(pixels, [(0, 0), (0, 0), *[(0, window - n) for n in pixels.shape[2:]]], mode="symmetric")
+def _network_alone(catalog: Path, model: str, precision: str, window: tuple[int, int]) -> tuple[str, list[float]]:
+    """The session, and Mpx/s of windows of this shape laid side by side."""
+    session = open_session(load_model(model), precision=precision)
+    pixels = piece(catalog, min(*window, *grid_of(catalog).shape)).values[None]
+    missing = [(0, want - have) for want, have in zip(window, pixels.shape[2:], strict=True)]
+    pixels = np.pad(pixels, [(0, 0), (0, 0), *missing], mode="symmetric")
     session.classify(pixels, 0, CLASS)
-    return session.name, [window**2 / MEGA / timed(lambda: session.classify(pixels, 0, CLASS)) for _ in range(7)]
+    mpx = window[0] * window[1] / MEGA
+    return session.name, [mpx / timed(lambda: session.classify(pixels, 0, CLASS)) for _ in range(7)]
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print wall time and memory against size, the bare network and what the plan predicted."""
-    table = Table("size", "Mpx", "wall s", "min-max", "s / Mpx", "of the bare network", "with its overlap",
-                  "peak GiB", "planned GiB", title=f"s2seg map, {rows[0]['session']}")  # fmt: skip
+    table = Table("session", "size", "window", "wall s", "min-max", "s / Mpx", "bare Mpx/s", "of the bare network",
+                  "overlap cost", "peak GiB", "planned GiB", title="s2seg map, end to end")  # fmt: skip
     for r in rows:
         share = r["mpx"] / statistics.median(r["seconds"]) / statistics.median(r["network_mpx_s"])
         table.add_row(
-            str(r["size"]), f"{r['mpx']:.0f}", *spread(r["seconds"], 1),
-            f"{statistics.median(r['seconds']) / r['mpx']:.3f}", f"{share:.2f}", f"{share * r['overlap_cost']:.2f}",
-            gib(r["peak_bytes"]), gib(r["planned_bytes"]),
+            r["session"], str(r["size"]), "x".join(map(str, r["window"])), *spread(r["seconds"], 1),
+            f"{statistics.median(r['seconds']) / r['mpx']:.3f}", spread(r["network_mpx_s"])[0], f"{share:.2f}",
+            f"{r['overlap_cost']:.2f}", gib(r["peak_bytes"]), gib(r["planned_bytes"]),
         )  # fmt: skip
-    bare = rows[0]["network_mpx_s"]
-    console.print(table, f"the network alone: {spread(bare)[0]} Mpx/s; goal: 0.85 of it at 10980 px, under 2.5 GiB")
+    console.print(table, "goals: 0.85 of the bare network and under 2.5 GiB at 10980 px; overlap cost 1.15")

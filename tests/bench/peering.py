@@ -17,12 +17,12 @@ import rasterio
 from rich.console import Console
 from rich.table import Table
 
-from s2seg.inference import chunks_for
+from s2seg.inference import chunks_for, core_for
 from s2seg.models import ModelBundle, load_model
 from s2seg.models.runtimes import choose_session
 from s2seg.sources.composite import CompositeSpec
 from tests.bench.fixtures import BANDS, BLOCK, converted, fitted_network, grid_of, scene, stacked
-from tests.bench.mapping import chain, whole_image
+from tests.bench.mapping import Way, chain, whole_image
 from tests.bench.measuring import MEGA, fresh, gib, spread, timed
 
 PEERS = Path("build/venv-peers/bin/python")
@@ -39,7 +39,7 @@ class Peer:
     slow: bool = False
 
 
-RUNTIMES = ("auto", "torch")
+WAYS: tuple[Way, ...] = (("auto", "auto"), ("auto", "float32"), ("torch", "float32"))
 OTHERS = {
     "geo-inference, patch 512": Peer("geo_inference_map", {"patch": 512}, slow=True),
     "geo-inference, patch 1024": Peer("geo_inference_map", {"patch": 1024}, slow=True),
@@ -57,7 +57,7 @@ def measure(folder: Path, console: Console, quick: bool, full: bool = False) -> 
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     expected = fresh(whole_image, catalog, model.path, inner)[0]
-    rows = {f"s2seg, {runtime}": _ours(catalog, model, runtime, scratch, repeats) for runtime in RUNTIMES}
+    rows = {f"s2seg, {' '.join(way)}": _ours(catalog, model, way, scratch, repeats) for way in WAYS}
     for name, peer in OTHERS.items():
         rows[name] = _theirs(peer, catalog, model, scratch, repeats)
     for row in rows.values():
@@ -68,23 +68,23 @@ def measure(folder: Path, console: Console, quick: bool, full: bool = False) -> 
     return {"size": size, "rows": rows}
 
 
-def _ours(catalog: Path, model: ModelBundle, runtime: str, scratch: Path, repeats: int) -> dict[str, Any]:
-    (session, seconds), peak = fresh(_map, catalog, model.path, runtime, scratch, repeats)
-    side, spec = grid_of(catalog).shape[0], chunks_for(model)
-    seen = sum(span.size for core in spec.cores(side) for span in spec.spans(core)) ** 2
+def _ours(catalog: Path, model: ModelBundle, way: Way, scratch: Path, repeats: int) -> dict[str, Any]:
+    target = scratch / "-".join(way)
+    (session, seconds), peak = fresh(_map, catalog, model.path, way, target, repeats)
+    shape = grid_of(catalog).shape.yx
+    cost = chunks_for(model, core_for(model, way[0], precision=way[1]), shape).cost(shape)
     return {
-        "version": session, "seconds": seconds, "peak_bytes": peak, "network_pixels": seen,
-        "map": str(scratch / f"{runtime}.tif"),
+        "version": session, "seconds": seconds, "peak_bytes": peak, "network_pixels": cost * shape[0] * shape[1],
+        "map": str(target.with_suffix(".tif")),
     }  # fmt: skip
 
 
-def _map(catalog: Path, model: str, runtime: str, scratch: Path, repeats: int) -> tuple[str, list[float]]:
+def _map(catalog: Path, model: str, way: Way, target: Path, repeats: int) -> tuple[str, list[float]]:
     """The session's name, and seconds from the catalog to a Zarr and a COG with overviews."""
-    bundle, grid = load_model(model), grid_of(catalog)
-    session, _ = choose_session(bundle, runtime)  # the peers' network is loaded before their clock starts, too
-
-    target, mask = scratch / runtime, CompositeSpec(mask=())
-    return session.name, [timed(lambda: chain(catalog, grid, bundle, target, mask, runtime)) for _ in range(repeats)]
+    bundle, grid, mask = load_model(model), grid_of(catalog), CompositeSpec(mask=())
+    # the peers' network is loaded before their clock starts, too
+    session, _ = choose_session(bundle, way[0], precision=way[1])
+    return session.name, [timed(lambda: chain(catalog, grid, bundle, target, mask, way)) for _ in range(repeats)]
 
 
 def _theirs(peer: Peer, catalog: Path, model: ModelBundle, scratch: Path, repeats: int) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _codes(path: Path, model: ModelBundle) -> npt.NDArray[np.uint8]:
     """A map's codes; the peers write the network's channels."""
     with rasterio.open(path) as raster:
         values = raster.read(1)
-    if path.stem in RUNTIMES:
+    if path.stem in map("-".join, WAYS):
         return values
     codes = np.full(256, model.spec.legend.nodata, np.uint8)
     codes[: len(model.spec.legend)] = model.spec.legend.channel_to_code()

@@ -15,7 +15,7 @@ import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
-from s2seg.inference import chunks_for, predict
+from s2seg.inference import chunks_for, core_for, predict
 from s2seg.models import load_model, open_session
 from s2seg.outputs.cog import write_cog
 from s2seg.outputs.zarr import write_zarr
@@ -66,7 +66,7 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
 def _parts(case: Case, model: str, scratch: Path, repeats: int) -> tuple[dict[str, list[float]], str]:
     """Seconds of every part, and the session's name."""
     bundle, grid = load_model(model), grid_of(case.catalog)
-    session, spec = open_session(bundle), chunks_for(bundle)
+    session, spec = open_session(bundle), chunks_for(bundle, core_for(bundle), grid.shape.yx)
     items = search(case.catalog, WORLD, DATES)
     files = [Path(item.assets[band].href) for item in items for band in case.bands]
     lazy = stack(items, grid, case.bands, chunksize=BLOCK)
@@ -77,7 +77,7 @@ def _parts(case: Case, model: str, scratch: Path, repeats: int) -> tuple[dict[st
     in_blocks = classes.chunk({"y": BLOCK, "x": BLOCK})
     zarr = write_zarr(in_blocks, scratch / "parts.zarr", overwrite=True)
     plain = _plain_tiff(classes.land_cover, scratch / "plain.tif")
-    window = np.ascontiguousarray(clear.values[None, :, : spec.window, : spec.window])
+    window = np.ascontiguousarray(clear.values[None, :, : spec.window[0], : spec.window[1]])
     seconds = rounds(
         {
             "whole": lambda: chain(case.catalog, grid, bundle, scratch / "whole", case.spec),

@@ -9,15 +9,14 @@ import pytest
 
 from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models import export, open_session, runtimes, save_bundle
-from s2seg.models.runtimes import choose_session
+from s2seg.models.runtimes import choose_session, expected_session
 from s2seg.models.runtimes import openvino as module
 from tests.models.conftest import smooth_pixels
 
 CLASS = frozenset({"class"})
 
 
-def has_bfloat16() -> bool:
-    return "BF16" in module._core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+AUTO = f"openvino cpu {'bfloat16' if module.has_bfloat16() else 'float32'}"
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def renamed(spec, network, tmp_path):
 
 @pytest.mark.parametrize(("precision", "least"), [("float32", 0.9999), ("bfloat16", 0.995)])
 def test_agrees_with_torch(bundle, precision, least):
-    if precision == "bfloat16" and not has_bfloat16():
+    if precision == "bfloat16" and not module.has_bfloat16():
         pytest.skip("this processor has no bfloat16 arithmetic")
     dn = smooth_pixels(20, n=4, side=192)
     expected = open_session(bundle, "torch", "cpu", "float32").classify(dn, 32, CLASS)["class"]
@@ -38,7 +37,7 @@ def test_agrees_with_torch(bundle, precision, least):
 
 
 def test_windows_of_many_shapes_in_turn(bundle):
-    session, torch_says = open_session(bundle, "openvino"), open_session(bundle, "torch")
+    session, torch_says = open_session(bundle, "openvino", precision="float32"), open_session(bundle, "torch")
     for round_ in range(2):
         for height, width in ((64, 64), (64, 96), (96, 64), (32, 32), (128, 32), (96, 96)):
             dn = smooth_pixels(21 + round_)[:, :, :height, :width]
@@ -54,11 +53,12 @@ def test_a_processor_without_bfloat16(bundle, monkeypatch):
     monkeypatch.setattr(module, "_core", Plain)
     with pytest.raises(ModelError, match="no bfloat16 arithmetic: use precision 'float32'"):
         module.OpenVinoSession(bundle, "cpu", "bfloat16")
+    assert expected_session(bundle, "openvino") == ("openvino", "cpu", "float32")
 
 
 def test_what_auto_takes_and_why(bundle, monkeypatch):
     chosen = lambda *request: (lambda session, why: (session.name, why))(*choose_session(*request))  # noqa: E731
-    assert chosen(bundle) == ("openvino cpu float32", "the fastest on a CPU of those installed")
+    assert chosen(bundle) == (AUTO, "the fastest on a CPU of those installed")
     assert chosen(bundle, "torch") == ("torch cpu float32", "asked for")
     monkeypatch.setattr(runtimes, "_by_request", {})
     monkeypatch.setitem(runtimes._MODULES, "openvino", ("no_such_module",))
@@ -98,7 +98,7 @@ def test_a_network_is_converted_once_and_torch_is_not_needed_again(renamed):
     )
     open_session(renamed)
     done = subprocess.run([sys.executable, "-c", code, renamed.path], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "openvino cpu float32 False"
+    assert done.stdout.strip() == f"{AUTO} False"
     assert done.stderr == ""
 
 

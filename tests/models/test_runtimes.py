@@ -23,7 +23,7 @@ from s2seg.models import (
     summarize,
 )
 from s2seg.models import runtimes as runtimes_module
-from s2seg.models.runtimes import LAYERS, onnxrt
+from s2seg.models.runtimes import LAYERS, expected_session, onnxrt
 from s2seg.models.runtimes.openvino import OpenVinoSession
 from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
 
@@ -63,7 +63,7 @@ def fixed(onnx_fixed, facts, tmp_path_factory):
 @pytest.fixture(params=["torch", "openvino", "onnxruntime", "openvino of onnx"])
 def session(request, bundle, free):
     runtime = request.param.split()[0]
-    return open_session(bundle if request.param in ("torch", "openvino") else free, runtime)
+    return open_session(bundle if request.param in ("torch", "openvino") else free, runtime, precision="float32")
 
 
 def test_layers_against_a_plain_computation(session, spec, network):
@@ -133,7 +133,7 @@ def test_bfloat16_agrees_with_float32(bundle):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_fixed_window_and_batch_of_one(fixed, spec, network, runtime):
-    session = open_session(fixed, runtime)
+    session = open_session(fixed, runtime, precision="float32")
     assert (fixed.spec.window, fixed.spec.depth, fixed.spec.stride) == (64, 0, 32)
     dn = smooth_pixels(8, n=3, side=64)
     assert_layers_agree(session.classify(dn, 0, ALL), expected_layers(expected_probabilities(spec, network, dn)))
@@ -143,7 +143,11 @@ def test_fixed_window_and_batch_of_one(fixed, spec, network, runtime):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_fixed_batch_of_two(network, spec, facts, tmp_path, runtime):
-    session = open_session(import_onnx(export(network, tmp_path / "n.onnx", batch=2), tmp_path / "m", **facts), runtime)
+    session = open_session(
+        import_onnx(export(network, tmp_path / "n.onnx", batch=2), tmp_path / "m", **facts),
+        runtime,
+        precision="float32",
+    )
     for n in (1, 2, 3):
         dn = smooth_pixels(9, n=n, side=64)
         np.testing.assert_allclose(session.probabilities(dn), expected_probabilities(spec, network, dn), atol=1e-4)
@@ -152,7 +156,9 @@ def test_fixed_batch_of_two(network, spec, facts, tmp_path, runtime):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_network_that_answers_probabilities(network, spec, facts, tmp_path, runtime):
     file = export(torch.nn.Sequential(network, torch.nn.Softmax(dim=1)).eval(), tmp_path / "n.onnx", dynamic=True)
-    session = open_session(import_onnx(file, tmp_path / "m", **facts, activation="probabilities"), runtime)
+    session = open_session(
+        import_onnx(file, tmp_path / "m", **facts, activation="probabilities"), runtime, precision="float32"
+    )
     dn = smooth_pixels(10)
     assert_layers_agree(session.classify(dn, 0, ALL), expected_layers(expected_probabilities(spec, network, dn)))
 
@@ -211,7 +217,7 @@ def test_weights_for_another_encoder(other_spec, network, tmp_path):
         ({"precision": "int8"}, "unknown precision 'int8'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"device": "tensorrt"}, "device 'tensorrt' needs an ONNX network: `s2seg export` it, or use 'cuda'"),
-        ({"precision": "float16"}, "float16 needs torch on a CUDA device, not openvino on cpu: use precision 'bfloat"),
+        ({"precision": "float16"}, "float16 needs torch on a CUDA device, not openvino on cpu: use precision 'bf"),
         ({"runtime": "torch", "device": "cpu", "precision": "float16"}, "not torch on cpu"),
         ({"runtime": "openvino", "device": "cuda"}, "OpenVINO runs on 'cpu' here, not on 'cuda': use runtime 'torch'"),
         ({"device": "cuda:99"}, "torch sees no device 'cuda:99' here: use device 'cpu'"),
@@ -294,8 +300,8 @@ def test_a_network_that_would_leave_seams_is_noticed(other_spec, tmp_path):
 
 def test_one_session_per_process(bundle, tmp_path, spec, network):
     first = open_session(bundle)
-    assert first.name == "openvino cpu float32"
-    assert open_session(bundle, "openvino", "cpu", "float32") is first
+    assert first.name == " ".join(expected_session(bundle))
+    assert open_session(bundle, *first.name.split()) is first
     assert open_session(load_model(bundle.path)) is first
     assert open_session(bundle, "torch") is not first
     assert open_session(bundle, "torch") is not open_session(bundle, "torch", precision="bfloat16")

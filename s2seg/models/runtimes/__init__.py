@@ -25,7 +25,7 @@ __all__ = [
     "SessionRef",
     "available_runtimes",
     "choose_session",
-    "expected_runtime",
+    "expected_session",
     "open_session",
     "summarize",
 ]
@@ -132,9 +132,10 @@ def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto
         bundles also ``tensorrt`` or ``tensorrt:1``, never chosen by ``auto``: TensorRT takes minutes to prepare each
         window shape, once, and may round to TF32.
     precision
-        ``float32``, also for ``auto``, so that a map does not depend on the machine; or ``bfloat16`` (torch and
-        OpenVINO), about 2.7 times as fast on a CPU with AMX, where about one pixel in a thousand gets another class;
-        or ``float16``, for torch on CUDA devices that lack bfloat16.
+        ``float32``, ``bfloat16`` (torch and OpenVINO: 2.7 times as fast on a CPU with AMX, where about one pixel in a
+        thousand gets another class), ``float16`` (torch on CUDA devices that lack bfloat16) or ``auto``: bfloat16 in
+        OpenVINO and on a GPU where the processor has it, else float32. For the same map on every machine, say
+        ``float32``.
 
     Warns
     -----
@@ -155,7 +156,6 @@ def choose_session(
 ) -> tuple[Session, str]:
     """Do as :func:`open_session`; return the session, and why it is this one, for people and for the record."""
     _check_names(bundle.path, runtime, device, precision)
-    precision = "float32" if precision == "auto" else precision
     with _lock:
         request = (bundle.sha256, runtime, device, precision)
         if request not in _by_request:
@@ -163,9 +163,15 @@ def choose_session(
         return _by_request[request]
 
 
-def expected_runtime(bundle: ModelBundle, runtime: str = "auto", device: str = "auto") -> str:
-    """Name the runtime that :func:`open_session` tries first; nothing is opened."""
-    return runtime if runtime != "auto" else _first_choice(bundle, device)[0]
+def expected_session(
+    bundle: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto"
+) -> tuple[str, str, str]:
+    """Name the runtime, the device and the precision that :func:`open_session` tries first; nothing is opened."""
+    runtime = runtime if runtime != "auto" else _first_choice(bundle, device)[0]
+    if not _installed(runtime):
+        return runtime, device, precision
+    device = _choose_device(bundle, runtime, device)
+    return runtime, device, _choose_precision(runtime, device, precision)
 
 
 def available_runtimes() -> tuple[str, ...]:
@@ -233,7 +239,7 @@ def _sees_gpu(path: str) -> bool:
 
 
 def _open(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Session:
-    """Return the one session of these choices; only the device can still be ``auto``."""
+    """Return the one session of these choices; device and precision can still be ``auto``."""
     if runtime == "torch" and bundle.is_onnx:
         raise ModelError(bundle.path, "model.onnx does not run on torch: use runtime 'onnxruntime' or 'openvino'")
     if runtime == "onnxruntime" and not bundle.is_onnx:
@@ -244,6 +250,7 @@ def _open(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Ses
     if not _installed(runtime):
         raise ModelError(bundle.path, f"needs {runtime}, which is not installed: {_EXTRAS[runtime]}")
     device = _choose_device(bundle, runtime, device)
+    precision = _choose_precision(runtime, device, precision)
     if precision == "float16" and not (runtime == "torch" and device.startswith("cuda")):
         raise ModelError(
             bundle.path, f"float16 needs torch on a CUDA device, not {runtime} on {device}: use precision 'bfloat16'"
@@ -262,6 +269,21 @@ def _choose_device(bundle: ModelBundle, runtime: str, device: str) -> str:
     else:
         from s2seg.models.runtimes.onnxrt import choose_device
     return choose_device(bundle.path, device)
+
+
+def _choose_precision(runtime: str, device: str, precision: str) -> str:
+    if precision != "auto":
+        return precision
+    fast = False
+    if runtime == "openvino":
+        from s2seg.models.runtimes.openvino import has_bfloat16
+
+        fast = has_bfloat16()
+    elif runtime == "torch" and device != "cpu":
+        from s2seg.models.runtimes.pytorch import has_bfloat16 as gpu_has_bfloat16
+
+        fast = gpu_has_bfloat16()
+    return "bfloat16" if fast else "float32"
 
 
 def _make(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Session:

@@ -31,8 +31,13 @@ from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
 from s2seg.models.runtimes.seams import warn_of_seams
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
-_SHAPES = 4
-"""Compiled networks that a session keeps: the windows of an area, of its right and lower edges and of the corner."""
+_SHAPES = 2
+"""Compiled networks that a session keeps: all windows of a map have one shape; another map may be made beside it."""
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor calculates in bfloat16 (AMX, or AVX-512's BF16)."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVinoSession:
@@ -56,7 +61,7 @@ class OpenVinoSession:
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
         if device != "cpu":
             raise ConversionError(bundle.path, f"OpenVINO runs on 'cpu' here, not on {device!r}: use runtime 'torch'")
-        if precision == "bfloat16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if precision == "bfloat16" and not has_bfloat16():
             raise ConversionError(bundle.path, "this processor has no bfloat16 arithmetic: use precision 'float32'")
         keep_freed_memory()
         self.name = f"openvino {device} {precision}"

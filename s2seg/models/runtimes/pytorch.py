@@ -46,6 +46,11 @@ def choose_device(path: str, device: str) -> str:
     return device
 
 
+def has_bfloat16() -> bool:
+    """Whether the GPU calculates in bfloat16, and does not only imitate it."""
+    return bool(torch.cuda.is_bf16_supported(False))
+
+
 class TorchSession:
     """A network on a device: uint16 goes in, uint8 comes out, everything between happens there.
 
@@ -90,7 +95,7 @@ class TorchSession:
         """Set up what is the process's or the device's, and refuse a precision that the device lacks."""
         if self._device.type == "cpu":
             keep_freed_memory()
-        elif precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
+        elif precision == "bfloat16" and not has_bfloat16():
             raise ModelError(self._path, f"device {self._device} has no bfloat16 arithmetic: use precision 'float32'")
         elif precision == "float32":
             # not around each call: other threads would see it change under them
