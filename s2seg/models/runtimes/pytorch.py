@@ -139,7 +139,7 @@ class TorchSession:
                 elif len(batch) == 1:
                     raise self._too_large(batch) from error
                 else:
-                    self._most_pixels = len(batch) // 2 * height * width
+                    self._most_pixels = min(self._most_pixels, len(batch) // 2 * height * width)
             else:
                 done += len(batch)
         return parts
