@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 import safetensors.numpy
 import torch
@@ -22,7 +23,7 @@ from s2seg.models import (
     summarize,
 )
 from s2seg.models import runtimes as runtimes_module
-from s2seg.models.runtimes import LAYERS, expected_session
+from s2seg.models.runtimes import LAYERS, expected_session, onnxrt
 from s2seg.models.runtimes.openvino import OpenVinoSession
 from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
 
@@ -215,6 +216,9 @@ def test_weights_for_another_encoder(other_spec, network, tmp_path):
         ({"runtime": "onnxruntime"}, "do not run on onnxruntime: use runtime 'torch' or"),
         ({"precision": "int8"}, "unknown precision 'int8'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"device": "tensorrt"}, "device 'tensorrt' needs an ONNX network: `s2seg export` it, or use 'cuda'"),
+        ({"precision": "float16"}, "float16 needs torch on a CUDA device, not openvino on cpu: use precision 'bf"),
+        ({"runtime": "torch", "device": "cpu", "precision": "float16"}, "not torch on cpu"),
         ({"runtime": "openvino", "device": "cuda"}, "OpenVINO runs on 'cpu' here, not on 'cuda': use runtime 'torch'"),
         ({"device": "cuda:99"}, "torch sees no device 'cuda:99' here: use device 'cpu'"),
     ],
@@ -229,6 +233,50 @@ def test_onnx_choices_that_cannot_be_had(free):
         open_session(free, "torch")
     with pytest.raises(ModelError, match="use 'float32', not 'bfloat16'"):
         open_session(free, precision="bfloat16")
+    for device, has in (("cuda", "CUDA"), ("tensorrt:1", "TensorRT")):
+        with pytest.raises(ModelError, match=f"this onnxruntime has no {has}: pip install onnxruntime-gpu"):
+            open_session(free, "onnxruntime", device)
+
+
+ORT = {name: f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")}
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "asked", "settled"),
+    [
+        (["CPU"], "auto", ["CPU"], "cpu"),
+        (["Tensorrt", "CUDA", "CPU"], "auto", ["CUDA", "CPU"], "cuda"),  # TensorRT only where it is asked for
+        (["Tensorrt", "CUDA", "CPU"], "cpu", ["CPU"], "cpu"),
+        (["CUDA", "CPU"], "cuda:1", ["CUDA", "CPU"], "cuda:1"),
+        (["Tensorrt", "CUDA", "CPU"], "tensorrt:1", ["Tensorrt", "CUDA", "CPU"], "tensorrt:1"),
+    ],
+)
+def test_execution_providers_in_order_of_preference(free, monkeypatch, installed, device, asked, settled):
+    seen = {}
+
+    class Recording(onnxruntime.InferenceSession):
+        def __init__(self, path, options, providers):
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+            seen.update(providers)
+
+        def get_providers(self):
+            return list(seen)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ORT[name] for name in installed])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Recording)
+    session = onnxrt.OnnxSession(free, onnxrt.choose_device(free.path, device), "float32")
+    assert session.name == f"onnxruntime {settled} float32"
+    assert session.parallel == (1 if settled == "cpu" else 2)
+    assert list(seen) == [ORT[name] for name in asked]
+    number = settled.partition(":")[2] or "0"
+    assert all(options["device_id"] == number for name, options in seen.items() if name != ORT["CPU"])
+
+
+def test_a_provider_that_does_not_start_is_no_cpu_run(free, monkeypatch):
+    start = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, providers: start(*a, providers=[ORT["CPU"]]))
+    with pytest.raises(ModelError, match="onnxruntime cannot use device 'cuda:3': use device 'cpu'"):
+        onnxrt.start(free.path, free.weights_path, "cuda:3")
 
 
 def test_a_runtime_that_is_not_installed(bundle, monkeypatch):
@@ -322,41 +370,3 @@ def test_saved_weights_are_the_networks_own(bundle, network):
     stored = safetensors.numpy.load_file(bundle.weights_path)
     for name, values in network.state_dict().items():
         np.testing.assert_array_equal(stored[name], values.numpy())
-
-
-def _starve(session, pixels, monkeypatch):
-    """Give the network memory for so many pixels at a time; return the batches that it was shown."""
-    network, seen = session._network, []
-
-    def run(x):
-        if x[:, 0].numel() > pixels:
-            raise torch.OutOfMemoryError("no memory")
-        seen.append(len(x))
-        return network(x)
-
-    monkeypatch.setattr(session, "_network", run)
-    monkeypatch.setattr(session, "_batch", 2**30)
-    return seen
-
-
-def test_a_batch_that_does_not_fit_is_halved(bundle, monkeypatch):
-    session = open_session(bundle, "torch", "cpu")
-    dn = smooth_pixels(5, n=7, side=64)
-    expected = session.classify(dn, 8, ALL)
-    seen = _starve(session, 2 * 64 * 64, monkeypatch)
-    answer = session.classify(dn, 8, ALL)
-    assert seen == [1] * 7  # 7, then 3, then 1
-    assert_layers_agree(answer, expected)
-    seen.clear()
-    np.testing.assert_array_equal(session.probabilities(dn).shape, (7, 3, 64, 64))
-    assert seen == [1] * 7  # what failed once is not tried again
-
-
-@pytest.mark.parametrize(
-    ("room", "advice"), [(64 * 64, "one of 64 x 64 px fits"), (10, "not even its smallest window fits")]
-)
-def test_a_window_that_does_not_fit_is_named_with_one_that_would(bundle, monkeypatch, room, advice):
-    session = open_session(bundle, "torch", "cpu")
-    _starve(session, room, monkeypatch)
-    with pytest.raises(ModelError, match=rf"cpu has no memory for a window of 256 x 256 px; {advice}"):
-        session.classify(smooth_pixels(5, n=2, side=256), 8, ALL)

@@ -51,6 +51,17 @@ class Session(Protocol):
     def name(self) -> str:
         """Runtime, device and precision, such as ``openvino cpu float32``."""
 
+    @property
+    def parallel(self) -> int:
+        """How many threads gain by calling at once.
+
+        One where a call uses the whole device; on a GPU two, since the numbers of one batch cross while another
+        computes.
+        """
+
+    def batch(self, height: int, width: int) -> int:
+        """Return how many windows of this size, in pixels, suit one call; every number of them is answered."""
+
     def classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
     ) -> dict[str, npt.NDArray[np.uint8]]:
@@ -117,11 +128,14 @@ def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto
         ``torch``, ``openvino``, ``onnxruntime`` or ``auto``. ``auto`` takes onnxruntime for an ONNX bundle; for the
         others torch on a GPU, and on a CPU OpenVINO where it is installed and can convert the network, else torch.
     device
-        ``cpu``, ``cuda``, ``cuda:1`` or ``auto``: the first CUDA device that the runtime sees, else the CPU.
+        ``cpu``, ``cuda``, ``cuda:1`` or ``auto``: the first CUDA device that the runtime sees, else the CPU. For ONNX
+        bundles also ``tensorrt`` or ``tensorrt:1``, never chosen by ``auto``: TensorRT takes minutes to prepare each
+        window shape, once, and may round to TF32.
     precision
         ``float32``, ``bfloat16`` (torch and OpenVINO: 2.7 times as fast on a CPU with AMX, where about one pixel in a
-        thousand gets another class) or ``auto``: bfloat16 in OpenVINO and on a GPU where the processor has it, else
-        float32. For the same map on every machine, say ``float32``.
+        thousand gets another class), ``float16`` (torch on CUDA devices that lack bfloat16) or ``auto``: bfloat16 in
+        OpenVINO and on a GPU where the processor has it, else float32. For the same map on every machine, say
+        ``float32``.
 
     Warns
     -----
@@ -178,13 +192,15 @@ def _installed(runtime: str) -> bool:
 def _check_names(path: str, runtime: str, device: str, precision: str) -> None:
     if runtime not in ("auto", *_MODULES):
         raise ModelError(path, f"unknown runtime {runtime!r}: auto, {', '.join(_MODULES)}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ModelError(path, f"unknown device {device!r}: auto, cpu, cuda or cuda:1")
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ModelError(path, f"unknown precision {precision!r}: float32 or bfloat16")
+    if not re.fullmatch(r"auto|cpu|(cuda|tensorrt)(:\d+)?", device):
+        raise ModelError(path, f"unknown device {device!r}: auto, cpu, cuda, cuda:1 or tensorrt")
+    if precision not in ("auto", "float32", "bfloat16", "float16"):
+        raise ModelError(path, f"unknown precision {precision!r}: float32, bfloat16 or float16")
 
 
 def _choose(bundle: ModelBundle, runtime: str, device: str, precision: str) -> tuple[Session, str]:
+    if device.startswith("tensorrt") and not bundle.is_onnx:
+        raise ModelError(bundle.path, f"device {device!r} needs an ONNX network: `s2seg export` it, or use 'cuda'")
     if runtime != "auto":
         return _open(bundle, runtime, device, precision), "asked for"
     runtime, why = _first_choice(bundle, device)
@@ -235,6 +251,10 @@ def _open(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Ses
         raise ModelError(bundle.path, f"needs {runtime}, which is not installed: {_EXTRAS[runtime]}")
     device = _choose_device(bundle, runtime, device)
     precision = _choose_precision(runtime, device, precision)
+    if precision == "float16" and not (runtime == "torch" and device.startswith("cuda")):
+        raise ModelError(
+            bundle.path, f"float16 needs torch on a CUDA device, not {runtime} on {device}: use precision 'bfloat16'"
+        )
     key = (bundle.sha256, runtime, device, precision)
     if key not in _sessions:
         _sessions[key] = _make(bundle, runtime, device, precision)

@@ -12,8 +12,9 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from s2seg.errors import ModelError
-from s2seg.models.bundle import ModelBundle
+from s2seg.models.bundle import ModelBundle, cache_folder
 from s2seg.models.runtimes.answers import argmax, softmax, summarize, trim
+from s2seg.models.runtimes.batching import batch_for_caches
 
 # onnxruntime's errors have no common base of their own
 ERRORS: tuple[type[Exception], ...] = tuple(
@@ -21,33 +22,52 @@ ERRORS: tuple[type[Exception], ...] = tuple(
 )
 
 
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
 def choose_device(path: str, device: str) -> str:
-    """Settle ``auto``, and refuse CUDA where onnxruntime lacks it; ``path`` is what an error calls the model."""
-    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    """Settle ``auto``, and refuse what this onnxruntime lacks; ``path`` is what an error calls the model."""
+    available = onnxruntime.get_available_providers()
     if device == "auto":
-        return "cuda" if cuda else "cpu"
-    if device.startswith("cuda") and not cuda:
-        raise ModelError(path, "this onnxruntime has no CUDA: pip install onnxruntime-gpu, or use device 'cpu'")
+        return "cuda" if _PROVIDERS["cuda"] in available else "cpu"
+    kind = device.partition(":")[0]
+    if kind in _PROVIDERS and _PROVIDERS[kind] not in available:
+        has = {"cuda": "CUDA", "tensorrt": "TensorRT"}[kind]
+        raise ModelError(path, f"this onnxruntime has no {has}: pip install onnxruntime-gpu, or use device 'cpu'")
     return device
+
+
+def providers(device: str) -> list[tuple[str, dict[str, str]]]:
+    """Return what runs a network on a device, best first: each takes the operators that those before it lack.
+
+    TensorRT comes before CUDA only where it is the device: it is prepared for minutes for each window shape, which
+    pays for a large area alone. What it prepared is kept under ``S2SEG_CACHE``.
+    """
+    kind, _, number = device.partition(":")
+    numbered = {"device_id": number or "0"}
+    found: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+    if kind in _PROVIDERS:
+        found.insert(0, (_PROVIDERS["cuda"], numbered | {"use_tf32": "0"}))  # float32 keeps all its digits
+    if kind == "tensorrt":
+        kept = {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(cache_folder("tensorrt"))}
+        found.insert(0, (_PROVIDERS["tensorrt"], numbered | kept))
+    return found
 
 
 def start(path: str, network: Path, device: str = "cpu") -> onnxruntime.InferenceSession:
     """Open the file ``network`` on a device; ``path`` is what an error calls it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; its warnings are about how the graph was exported
-    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
-    kind, _, number = device.partition(":")
-    if kind == "cuda":
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": number or "0"}))
+    wanted = providers(device)
     try:
-        session = onnxruntime.InferenceSession(str(network), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(network), options, providers=wanted)
     except ERRORS as error:
         if "external data" in str(error).lower():
             raise ModelError(
                 path, "keeps its weights in other files: export it as one (torch.onnx.export(external_data=False))"
             ) from error
         raise ModelError(path, f"onnxruntime cannot open the network: {one_line(error)}") from error
-    if kind == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+    if session.get_providers()[0] != wanted[0][0]:  # it goes on without a provider that does not start
         raise ModelError(path, f"onnxruntime cannot use device {device!r}: use device 'cpu'")
     return session
 
@@ -65,7 +85,7 @@ class OnnxSession:
     bundle
         One with ``model.onnx``.
     device
-        ``cpu``, ``cuda`` or ``cuda:1``.
+        ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt`` or ``tensorrt:1``.
     precision
         ``float32``: an ONNX file carries its own precision.
     """
@@ -74,6 +94,7 @@ class OnnxSession:
         if precision != "float32":
             raise ModelError(bundle.path, f"an ONNX network has its own precision: use 'float32', not {precision!r}")
         self.name = f"onnxruntime {device} {precision}"
+        self.parallel = 1 if device == "cpu" else 2  # this machine's processors scale one batch while the GPU runs one
         self._path, self._activation = bundle.path, bundle.spec.activation
         self._session = start(bundle.path, bundle.weights_path, device)
         inputs = self._session.get_inputs()[0]
@@ -82,6 +103,10 @@ class OnnxSession:
         self._window = bundle.spec.window
         self._a, self._b = (values[:, None, None] for values in bundle.spec.affine())
         self._codes = bundle.spec.legend.channel_to_code()
+
+    def batch(self, height: int, width: int) -> int:
+        """See :class:`s2seg.models.runtimes.Session`; on a GPU as on a CPU, and not measured."""
+        return self._batch or batch_for_caches(height, width)
 
     def classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]

@@ -1,10 +1,13 @@
-"""The torch runtime: CPU and CUDA, float32 and bfloat16 (autocast)."""
+"""The torch runtime: CPU and CUDA, float32, and bfloat16 or float16 by autocast."""
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
+import traceback
 from collections.abc import Callable, Set
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +18,18 @@ from s2seg.allocator import keep_freed_memory
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
+from s2seg.models.runtimes.batching import MeasuredBatches, batch_for_caches
+from s2seg.models.runtimes.lanes import lanes_for
 from s2seg.models.runtimes.seams import warn_of_seams
 from s2seg.models.runtimes.tuning import fold_batch_norm
 from s2seg.models.unet import build_network, pools_globally
 
 T = TypeVar("T")
-_ALL = sys.maxsize
+_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOAT, _CHECK = "float", "check"
+_BROKEN = "the network answers with NaN or infinity: its weights or scaling are broken"
+_NARROW = ", or its numbers are too large for float16: use precision 'bfloat16'"
+_REPEATS = 3
 _LISTED = 3  # names of layers in an error: enough to see the pattern
 
 
@@ -32,6 +41,8 @@ def choose_device(path: str, device: str) -> str:
     kind, _, number = device.partition(":")
     if kind == "cuda" and int(number or 0) >= count:
         raise ModelError(path, f"torch sees no device {device!r} here: use device 'cpu'")
+    if kind not in ("cpu", "cuda"):
+        raise ModelError(path, f"torch runs on 'cpu' and 'cuda', not on {device!r}")
     return device
 
 
@@ -50,29 +61,54 @@ class TorchSession:
     device
         ``cpu``, ``cuda`` or ``cuda:1``.
     precision
-        ``float32`` or ``bfloat16``.
+        ``float32``, ``bfloat16``, or on CUDA ``float16``. With ``float32`` on CUDA, cuDNN's TF32, which keeps ten bits,
+        is turned off for the whole process.
     """
 
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
         self.name = f"torch {device} {precision}"
         self._path, self._activation, self._stride = bundle.path, bundle.spec.activation, bundle.spec.stride
-        self._batch = _ALL
+        self._bands = len(bundle.spec.bands)
         self._device = torch.device(device)
-        self._bfloat16 = precision == "bfloat16"
-        if self._bfloat16 and self._device.type == "cuda" and not has_bfloat16():
-            raise ModelError(bundle.path, f"device {device} has no bfloat16 arithmetic: use precision 'float32'")
-        if self._device.type == "cpu":
-            keep_freed_memory()
-        network = _load_weights(build_network(bundle.spec), bundle).eval().to(self._device)
-        if not bundle.spec.global_context and pools_globally(network, len(bundle.spec.bands)):
+        self._autocast = _AUTOCAST[precision]
+        self._prepare(precision)
+        network = _load_weights(build_network(bundle.spec), bundle).eval()
+        if not bundle.spec.global_context and pools_globally(network, self._bands):
             warn_of_seams(bundle.path)
+        # folded on the CPU: what TF32 drops on a GPU would look like a difference
+        network = fold_batch_norm(network, self._bands).to(self._device)
         # channels last: measured 1.2 times (float32) and 2.2 times (bfloat16) as fast on a CPU, and cuDNN's choice too
-        network = fold_batch_norm(network, len(bundle.spec.bands))
         self._network = network.to(memory_format=torch.channels_last)
         a, b = bundle.spec.affine()
         self._a = torch.from_numpy(a[:, None, None]).to(self._device)
         self._b = torch.from_numpy(b[:, None, None]).to(self._device)
         self._codes = torch.from_numpy(bundle.spec.legend.channel_to_code()).to(self._device)
+        self._lanes = lanes_for(self._device)
+        self._most_pixels = sys.maxsize
+        self._batches: Callable[[int, int], int] = batch_for_caches
+        if self._device.type == "cuda":
+            card = torch.cuda.get_device_name(self._device)
+            conditions = f"{card}, torch {torch.__version__}, {precision}"
+            self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
+
+    def _prepare(self, precision: str) -> None:
+        """Set up what is the process's or the device's, and refuse a precision that the device lacks."""
+        if self._device.type == "cpu":
+            keep_freed_memory()
+        elif precision == "bfloat16" and not has_bfloat16():
+            raise ModelError(self._path, f"device {self._device} has no bfloat16 arithmetic: use precision 'float32'")
+        elif precision == "float32":
+            # not around each call: other threads would see it change under them
+            torch.backends.cudnn.allow_tf32 = False
+
+    @property
+    def parallel(self) -> int:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        return self._lanes.count
+
+    def batch(self, height: int, width: int) -> int:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        return min(self._batches(height, width), self._room(height, width))
 
     def classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
@@ -83,23 +119,48 @@ class TorchSession:
 
     def probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
         """See :class:`s2seg.models.runtimes.Session`."""
-        return np.concatenate(self._in_batches(windows, self._probabilities))
+        parts = self._in_batches(windows, self._probabilities)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _in_batches(self, windows: npt.NDArray[np.uint16], answer: Callable[[npt.NDArray[np.uint16]], T]) -> list[T]:
         """Answer as many windows at a time as the device has memory for; what it lacked once is not tried again."""
+        height, width = windows.shape[-2:]
         parts: list[T] = []
         done = 0
         while done < len(windows):
-            batch = windows[done : done + self._batch]
+            batch = windows[done : done + self._room(height, width)]
+            alone = self._lanes.count == 1
             try:
                 parts.append(answer(batch))
             except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
+                traceback.clear_frames(error.__traceback__)  # they hold what was computed until then
+                if not alone:
+                    self._lanes.narrow()
+                elif len(batch) == 1:
                     raise self._too_large(batch) from error
-                self._batch = len(batch) // 2
+                else:
+                    self._most_pixels = min(self._most_pixels, len(batch) // 2 * height * width)
             else:
                 done += len(batch)
         return parts
+
+    def _room(self, height: int, width: int) -> int:
+        """Windows of this size that fit, as far as is known."""
+        return max(1, self._most_pixels // (height * width))
+
+    def _seconds(self, count: int, height: int, width: int) -> float | None:
+        """Median time of so many windows, numbers in, classes out; None where the device has no memory for them."""
+        # not zeros: a GPU that multiplies nothing but zeros stays cool, and clocks higher
+        noise = np.random.default_rng(0).integers(1, 5000, (count, self._bands, height, width), np.uint16)
+        seconds = []
+        try:
+            for _ in range(1 + _REPEATS):
+                start = time.perf_counter()
+                self._classify(noise, 0, {"class"})
+                seconds.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            return None
+        return statistics.median(seconds[1:])  # the first prepares what the others use
 
     def _too_large(self, window: npt.NDArray[np.uint16]) -> ModelError:
         """Find by trial what would fit, for an error that helps."""
@@ -117,47 +178,60 @@ class TorchSession:
             advice = "not even its smallest window fits: use device 'cpu'"
         return ModelError(self._path, f"{self._device} has no memory for a window of {height} x {width} px; {advice}")
 
-    @torch.inference_mode()
     def _classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
     ) -> dict[str, npt.NDArray[np.uint8]]:
-        scores = self._scores(windows)
-        height, width = scores.shape[-2:]
-        scores = scores[..., crop : height - crop, crop : width - crop]
+        def answer(scores: torch.Tensor) -> dict[str, torch.Tensor]:
+            height, width = scores.shape[-2:]
+            return self._layers(scores[..., crop : height - crop, crop : width - crop], layers)
+
+        return self._through(windows, answer)
+
+    def _probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+        def answer(scores: torch.Tensor) -> dict[str, torch.Tensor]:
+            best = scores.amax(dim=1)
+            return {_FLOAT: torch.softmax(scores, dim=1) if self._activation == "logits" else scores, _CHECK: best}
+
+        probabilities: npt.NDArray[np.float32] = self._through(windows, answer)[_FLOAT]
+        return probabilities
+
+    @torch.inference_mode()
+    def _through(
+        self, windows: npt.NDArray[np.uint16], answer: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Take one batch to the device, compute there, and bring the answers back, with one wait for all of it."""
+        # torch warns of arrays that it must not write to, which is what dask hands out; the copy is two bytes a pixel
+        own = torch.from_numpy(np.require(windows, np.uint16, ("C", "W")))
+        with self._lanes.borrow() as lane:
+            answers = answer(self._scores(lane.upload(own)))
+            answers[_CHECK] = answers[_CHECK].isfinite().all()
+            arrived = {name: lane.download(values.contiguous()) for name, values in answers.items()}
+            lane.wait()
+        if not arrived.pop(_CHECK):
+            raise ModelError(self._path, _BROKEN + (_NARROW if self._autocast == torch.float16 else ""))
+        return {name: values.numpy() for name, values in arrived.items()}
+
+    def _scores(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Run the network on stored numbers; return (n, class, y, x) float32 on the device."""
+        x = numbers.to(torch.float32, memory_format=torch.channels_last)
+        x.mul_(self._a).add_(self._b)
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            scores: torch.Tensor = self._network(x)
+        return scores.float()
+
+    def _layers(self, scores: torch.Tensor, layers: Set[str]) -> dict[str, torch.Tensor]:
+        """Turn scores into what is stored, and what tells whether they are sound."""
         if self._activation == "logits" and layers != {"class"}:
             scores = torch.softmax(scores, dim=1)  # the class alone is the same without it
         best, channel = scores.max(dim=1)
-        self._refuse_nan(best)
-        answer: dict[str, torch.Tensor] = {}
+        answer = {_CHECK: best}
         if "class" in layers:
             answer["class"] = self._codes[channel]
         if "confidence" in layers:
             answer["confidence"] = _quantize(best, CONFIDENCE_STEPS)
         if "probability" in layers:
             answer["probability"] = _quantize(scores, PROBABILITY_STEPS)
-        return {layer: np.ascontiguousarray(values.cpu().numpy()) for layer, values in answer.items()}
-
-    @torch.inference_mode()
-    def _probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-        scores = self._scores(windows)
-        self._refuse_nan(scores.amax(dim=1))
-        if self._activation == "logits":
-            scores = torch.softmax(scores, dim=1)
-        return np.ascontiguousarray(scores.cpu().numpy())
-
-    def _scores(self, windows: npt.NDArray[np.uint16]) -> torch.Tensor:
-        """Run the network on stored numbers; return (n, class, y, x) float32 on the device."""
-        # torch warns of arrays that it must not write to, which is what dask hands out; the copy is two bytes a pixel
-        own = np.require(windows, np.uint16, ("C", "W"))
-        x = torch.from_numpy(own).to(self._device).to(torch.float32, memory_format=torch.channels_last)
-        x.mul_(self._a).add_(self._b)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
-            scores: torch.Tensor = self._network(x)
-        return scores.float()
-
-    def _refuse_nan(self, best: torch.Tensor) -> None:
-        if bool(best.isnan().any()):
-            raise ModelError(self._path, "the network answers with NaN: its weights or scaling are broken")
+        return answer
 
 
 def _quantize(values: torch.Tensor, steps: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ def fold_batch_norm(network: torch.nn.Module, bands: int) -> torch.nn.Module:
     Parameters
     ----------
     network
-        In evaluation mode, on its device; it is not changed.
+        In evaluation mode; it is not changed.
     bands
         Input channels, for a trial run.
 

@@ -1,0 +1,334 @@
+"""Batches: how many windows go at once, their way to a device and back, and what happens where memory is short."""
+
+import json
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from s2seg.errors import ModelError
+from s2seg.models import import_onnx, open_session
+from s2seg.models.runtimes import LAYERS
+from s2seg.models.runtimes.batching import MeasuredBatches, fastest_batch
+from s2seg.models.runtimes.lanes import CudaLane, HostLane, Lanes
+from s2seg.models.runtimes.pytorch import TorchSession
+from tests.models.conftest import smooth_pixels
+from tests.models.test_runtimes import assert_layers_agree
+
+ALL = frozenset(LAYERS)
+CLASS = frozenset(["class"])
+
+
+@pytest.fixture
+def session(bundle):
+    """A session of its own for each test: these change what it has."""
+    return TorchSession(bundle, "cpu", "float32")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2SEG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "batches"
+
+
+# -- how many ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected", "tried"),
+    [
+        ([1, 1, 1, 1, 1], 16, 5),  # a device that one window leaves idle
+        ([1, 2, 4, 8, 16], 1, 2),  # one that one window fills
+        ([1, 1.5, 2.9, 8, 16], 2, 3),  # 4 windows are 3 % faster than 2: not worth the memory
+        ([1, 1.2, None, 1, 1], 2, 3),  # no memory for 4
+        ([None], 1, 1),  # not even for one: the call itself says so
+    ],
+)
+def test_more_windows_as_long_as_it_pays(seconds, expected, tried):
+    seen = []
+
+    def measure(count, height, width):
+        seen.append((count, height, width))
+        return seconds[len(seen) - 1]
+
+    assert fastest_batch(measure, 64, 96) == expected
+    assert seen == [(2**i, 64, 96) for i in range(tried)]
+
+
+def test_a_processor_takes_what_its_caches_hold(session, onnx_free, onnx_fixed, facts, tmp_path):
+    foreign = open_session(import_onnx(onnx_free, tmp_path / "free", **facts), "onnxruntime")
+    for one in (session, foreign):
+        assert one.parallel == 1
+        assert [one.batch(side, side) for side in (64, 128, 512, 2048)] == [64, 16, 1, 1]
+    assert open_session(import_onnx(onnx_fixed, tmp_path / "fixed", **facts), "onnxruntime").batch(64, 64) == 1
+
+
+class Card:
+    """Counts what is measured."""
+
+    def __init__(self, *seconds):
+        self.seconds, self.trials = seconds, 0
+
+    def __call__(self, count, height, width):
+        self.trials += 1
+        return self.seconds[count.bit_length() - 1]
+
+
+def test_a_measured_batch_is_kept_for_this_process_and_the_next(cache):
+    card, slower = Card(1, 1.2, 2.4), Card(1, 2)
+    batches = MeasuredBatches("ab" * 32, "a card, bfloat16", card)
+    assert [batches(64, 64), batches(64, 64), batches(64, 96)] == [2, 2, 2]
+    assert card.trials == 6, "once per window shape"
+    assert MeasuredBatches("ab" * 32, "a card, bfloat16", slower)(64, 64) == 2
+    assert slower.trials == 0, "what another process found"
+    assert MeasuredBatches("ab" * 32, "a card, float32", slower)(64, 64) == 1
+    assert MeasuredBatches("cd" * 32, "a card, bfloat16", slower)(64, 64) == 1
+    (kept, _) = sorted(cache.iterdir())
+    assert json.loads(kept.read_text()) == {
+        "a card, bfloat16": {"64x64": 2, "64x96": 2}, "a card, float32": {"64x64": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"card": 3}', '{"card": {"64x64": 5}}', '{"card": {"64x64": "2"}}'])
+def test_a_damaged_note_is_measured_again(cache, content):
+    cache.mkdir(parents=True)
+    file = cache / f"{'ab' * 16}.json"
+    file.write_text(content)
+    assert MeasuredBatches("ab" * 32, "card", Card(1, 1, 2))(64, 64) == 2
+    assert json.loads(file.read_text()) == {"card": {"64x64": 2}}
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(cache):
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
+    assert MeasuredBatches("ab" * 32, "card", Card(1, 2))(64, 64) == 1
+
+
+def test_threads_wait_for_one_measurement(cache):
+    card, start, found = Card(1, 1, 2), threading.Barrier(4), []
+    batches = MeasuredBatches("ab" * 32, "card", card)
+
+    def ask():
+        start.wait()
+        found.append(batches(64, 64))
+
+    in_threads([ask] * 4)
+    assert (found, card.trials) == ([2] * 4, 3)
+
+
+def test_a_session_measures_itself(session, cache, monkeypatch):
+    session._batches = MeasuredBatches("ab" * 32, "card", session._seconds)
+    seen = starve(session, 4 * 64 * 64, monkeypatch)
+    assert session.batch(64, 64) in (1, 2, 4)
+    assert seen[:4] == [1] * 4, "a first run, which is not counted, and three"
+    assert session._seconds(4, 64, 64) > 0
+    assert session._seconds(8, 64, 64) is None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_map_depends_on_the_batch_no_more_than_rounding_does(bundle, precision):
+    session = TorchSession(bundle, "cpu", precision)
+    dn = smooth_pixels(3, n=7, side=96)
+    together = session.classify(dn, 16, ALL)
+    for size in (1, 3):
+        parts = [session.classify(dn[i : i + size], 16, ALL) for i in range(0, 7, size)]
+        assert_layers_agree({layer: np.concatenate([part[layer] for part in parts]) for layer in ALL}, together)
+
+
+# -- there and back ---------------------------------------------------------------------------------------------------
+
+
+class RecordingLane(HostLane):
+    """A device that is this machine, and notes what is asked of it."""
+
+    def __init__(self, log):
+        self.log = log
+
+    @contextmanager
+    def running(self):
+        self.log.append("enter")
+        yield
+        self.log.append("leave")
+
+    def upload(self, values):
+        self.log.append(("upload", tuple(values.shape), values.dtype))
+        return values
+
+    def download(self, values):
+        self.log.append(("download", tuple(values.shape), values.dtype))
+        return values
+
+    def wait(self):
+        self.log.append("wait")
+
+
+def test_numbers_cross_as_they_are_stored_and_answers_as_bytes(session):
+    dn, log = smooth_pixels(1, n=2, side=64), []
+    expected = session.classify(dn, 8, ALL), session.probabilities(dn)
+    session._lanes = Lanes([RecordingLane(log)])
+    answer = session.classify(dn, 8, ALL)
+    for layer in ALL:
+        np.testing.assert_array_equal(answer[layer], expected[0][layer])
+    assert log[:2] == ["enter", ("upload", (2, 4, 64, 64), torch.uint16)]
+    assert log[-2:] == ["wait", "leave"]
+    assert sorted(log[2:-2], key=str) == [
+        ("download", (), torch.bool),  # whether all numbers are sound: looked at after the one wait
+        ("download", (2, 3, 48, 48), torch.uint8),
+        ("download", (2, 48, 48), torch.uint8),
+        ("download", (2, 48, 48), torch.uint8),
+    ]
+    log.clear()
+    np.testing.assert_array_equal(session.probabilities(dn), expected[1])
+    assert [entry for entry in log if isinstance(entry, str)] == ["enter", "wait", "leave"]
+
+
+def test_a_cuda_lane_pins_and_copies_in_its_own_stream(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, device):
+            log.append("stream")
+
+        def wait_stream(self, other):
+            log.append(f"after the {other} stream")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+    @contextmanager
+    def running(stream):
+        log.append("enter")
+        yield
+        log.append("leave")
+
+    def empty(*size, pin_memory, dtype):
+        log.append(f"pin answers {pin_memory}")
+        return plain(*size, dtype=dtype)
+
+    plain = torch.empty
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", running)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: log.append("pin numbers") or self.clone())
+    monkeypatch.setattr(torch, "empty", empty)
+    lane, numbers = CudaLane(torch.device("cpu")), torch.arange(6, dtype=torch.uint8)
+    with lane.running():
+        answers = lane.download(lane.upload(numbers) + 1)
+        lane.wait()
+    assert answers.tolist() == [1, 2, 3, 4, 5, 6]
+    assert log == [
+        "stream", "after the current stream", "enter", "pin numbers", "pin answers True", "synchronize", "leave",
+    ]  # fmt: skip
+
+
+def in_threads(tasks):
+    threads = [threading.Thread(target=task) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_as_many_batches_at_once_as_there_are_lanes():
+    lanes, both_in, busy = Lanes([HostLane(), HostLane()]), threading.Barrier(2), []
+
+    def task():
+        with lanes.borrow() as lane:
+            both_in.wait(timeout=10)  # passes only in pairs
+            busy.append(id(lane))
+            assert len(busy) <= 2
+            both_in.wait(timeout=10)
+            busy.remove(id(lane))
+
+    in_threads([task] * 4)
+    assert lanes.count == 2
+    lanes.narrow()
+    lanes.narrow()
+    assert lanes.count == 1
+    with lanes.borrow():
+        assert lanes._free.empty(), "no other lane is left"
+
+
+# -- short of memory --------------------------------------------------------------------------------------------------
+
+
+def starve(session, pixels, monkeypatch):
+    """Give the network memory for so many pixels at a time; return the batches that it was shown."""
+    network, seen = session._network, []
+
+    def run(x):
+        if x[:, 0].numel() > pixels:
+            raise torch.OutOfMemoryError("no memory")
+        seen.append(len(x))
+        return network(x)
+
+    monkeypatch.setattr(session, "_network", run)
+    return seen
+
+
+def test_a_batch_that_does_not_fit_is_halved(session, monkeypatch):
+    dn = smooth_pixels(5, n=7, side=64)
+    expected = session.classify(dn, 8, ALL)
+    seen = starve(session, 2 * 64 * 64, monkeypatch)
+    answer = session.classify(dn, 8, ALL)
+    assert seen == [1] * 7  # 7, then 3, then 1
+    assert_layers_agree(answer, expected)
+    seen.clear()
+    assert session.probabilities(dn).shape == (7, 3, 64, 64)
+    assert seen == [1] * 7  # what failed once is not tried again
+    assert session.batch(64, 64) == 1
+    assert session.batch(32, 32) == 4, "the limit is one of pixels"
+
+
+def test_a_batch_that_had_company_is_tried_alone_before_it_is_halved(session, monkeypatch):
+    dn, log = smooth_pixels(5, n=2, side=64), []
+    session._lanes = Lanes([RecordingLane(log), RecordingLane(log)])
+    network, fail = session._network, iter([True, False])
+
+    def run(x):
+        if next(fail):
+            raise torch.OutOfMemoryError("the other batch has it")
+        return network(x)
+
+    assert session.parallel == 2
+    monkeypatch.setattr(session, "_network", run)
+    assert session.classify(dn, 8, CLASS)["class"].shape == (2, 48, 48)
+    assert session.parallel == 1
+    assert [entry[1][0] for entry in log if entry[0] == "upload"] == [2, 2], "the same batch again"
+
+
+@pytest.mark.parametrize(
+    ("room", "advice"), [(64 * 64, "one of 64 x 64 px fits"), (10, "not even its smallest window fits")]
+)
+def test_a_window_that_does_not_fit_is_named_with_one_that_would(session, monkeypatch, room, advice):
+    starve(session, room, monkeypatch)
+    with pytest.raises(ModelError, match=rf"cpu has no memory for a window of 256 x 256 px; {advice}"):
+        session.classify(smooth_pixels(5, n=2, side=256), 8, ALL)
+
+
+def test_any_other_error_is_raised_and_leaves_the_lane_free(session, monkeypatch):
+    seen = []
+
+    def fail(x):
+        seen.append(len(x))
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(session, "_network", fail)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            session.classify(smooth_pixels(5, n=4, side=64), 8, ALL)
+    assert seen == [4], "not tried again"
+    assert session.classify(smooth_pixels(5, side=64), 8, CLASS)["class"].shape == (1, 48, 48)
+
+
+def test_numbers_that_overflow_do_not_make_a_map(session, monkeypatch):
+    monkeypatch.setattr(session, "_network", lambda x: torch.full((len(x), 3, *x.shape[2:]), torch.inf))
+    with pytest.raises(ModelError, match=r"NaN or infinity: its weights or scaling are broken$"):
+        session.classify(smooth_pixels(5, side=64), 8, CLASS)
+    session._autocast = torch.float16
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: HostLane().running())  # a CPU would be slow at it
+    with pytest.raises(ModelError, match="too large for float16: use precision 'bfloat16'"):
+        session.classify(smooth_pixels(5, side=64), 8, CLASS)
