@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
+from dask.base import annotate, get_scheduler
 
 from s2seg.errors import InputError, MissingBandError
 from s2seg.legend import Legend
@@ -33,7 +35,9 @@ _NETWORK_BYTES = 2**30
 _BYTES_PER_PIXEL = {"openvino cpu float32": 260, "openvino cpu bfloat16": 190}
 _OTHER_BYTES_PER_PIXEL = 800
 """Of a window, by session; measured for a U-Net with mobilenet_v2."""
-_inference = threading.Lock()
+
+_turns = {parallel: threading.Semaphore(parallel) for parallel in (1, 2)}
+"""What lets so many threads of this process run a network at a time, by the session's own wish."""
 
 
 def predict(
@@ -115,22 +119,49 @@ def predict(
     padded = _pad(scene.data, size, spec, margin)
     ordered = [layer for layer in LAYERS if layer in layers]
     channels = sum(_channels(layer, model.spec.legend) for layer in ordered)
-    blocks = da.map_overlap(
-        _predict_block,
-        padded,
-        depth={0: 0, 1: (spec.before, spec.after), 2: (spec.before, spec.after)},
-        boundary="none",
-        trim=False,
-        allow_rechunk=False,
-        chunks=((channels,), *spec.whole_cores(size)),
-        dtype=np.uint8,
-        meta=np.empty((0, 0, 0), np.uint8),
-        session=session,
-        spec=spec,
-        layers=tuple(ordered),
-        legend=model.spec.legend,
-    )
+    # map_overlap in its two steps, as slices of neighbours need no GPU
+    around = {0: 0, 1: (spec.before, spec.after), 2: (spec.before, spec.after)}
+    seen = da.overlap.overlap(padded, depth=around, boundary="none", allow_rechunk=False)
+    with gpu_annotations(session):
+        blocks = seen.map_blocks(
+            _predict_block,
+            chunks=((channels,), *spec.whole_cores(size)),
+            dtype=np.uint8,
+            meta=np.empty((0, 0, 0), np.uint8),
+            session=session,
+            spec=spec,
+            layers=tuple(ordered),
+            legend=model.spec.legend,
+        )
     return _dataset(blocks[:, : size[0], : size[1]], area, model, ordered)
+
+
+def gpu_annotations(session: SessionRef) -> AbstractContextManager[None]:
+    """Bind the tasks that are made within to the workers that announce the resource ``GPU``, if the cluster has any.
+
+    These alone then run the network, on as many blocks at a time as they announce, while all workers read and write.
+    One process for each GPU (dask-cuda makes them), with more threads than blocks on the GPU, so that the others read
+    ahead; and processes that only read::
+
+        dask scheduler
+        dask cuda worker SCHEDULER --nthreads 4 --resources GPU=2
+        CUDA_VISIBLE_DEVICES= dask worker SCHEDULER --nthreads 8
+
+    ``GPU=2`` lets the numbers of one block cross while another is computed. Dask forgets such bindings when it fuses
+    tasks: :func:`s2seg.outputs.zarr.write_zarr` keeps it from that; to compute a prediction otherwise, pass
+    ``optimize_graph=False``.
+
+    Parameters
+    ----------
+    session
+        Where the network shall run: one that is asked for on the CPU binds nothing.
+    """
+    client: Any = getattr(get_scheduler(), "__self__", None)  # of dask's other schedulers none is a method
+    if session.device == "cpu" or session.runtime == "openvino" or not hasattr(client, "scheduler_info"):
+        return nullcontext()
+    workers = client.scheduler_info()["workers"].values()
+    bound: AbstractContextManager[None] = annotate(resources={"GPU": 1})
+    return bound if any("GPU" in worker["resources"] for worker in workers) else nullcontext()
 
 
 def chunks_for(model: ModelBundle, core: int = 1024, shape: Shape | None = None) -> ChunkSpec:
@@ -237,9 +268,10 @@ def _predict_block(
     out = np.full((sum(_channels(layer, legend) for layer in layers), height, width), NO_SCORE, dtype=np.uint8)
     if valid[core].any():
         run = _blend if spec.blend else _trim
-        # one inference at a time: it uses every core by itself, while the other threads read ahead
-        with _inference:
-            run(block, valid, session.open(), spec, layers, legend, out)
+        network = session.open()
+        # one inference at a time on a CPU: it uses every core by itself, while the other threads read ahead
+        with _turns[network.parallel]:
+            run(block, valid, network, spec, layers, legend, out)
         out[:, ~valid[core]] = NO_SCORE
     if "class" in layers:
         out[0, ~valid[core]] = legend.nodata
@@ -263,7 +295,7 @@ def _trim(
             rows.start + spec.before : rows.stop - spec.after, cols.start + spec.before : cols.stop - spec.after
         ].any()
     ]
-    for batch in _batches(kept):
+    for batch in _batches(kept, session):
         result = session.classify(_gather(block, batch), spec.before, frozenset(layers))
         for i, (rows, cols) in enumerate(batch):
             height, width = (s.size - spec.before - spec.after for s in (rows, cols))
@@ -285,7 +317,7 @@ def _blend(
     total = np.zeros((len(legend), *block.shape[1:]), dtype=np.float32)
     weight = np.zeros(block.shape[1:], dtype=np.float32)
     seen = [w for w in spec.windows(_shape(out)) if valid[w[0].slice, w[1].slice].any()]
-    for batch in _batches(seen):
+    for batch in _batches(seen, session):
         for (rows, cols), p in zip(batch, session.probabilities(_gather(block, batch)), strict=True):
             total[:, rows.slice, cols.slice] += p * taper
             weight[rows.slice, cols.slice] += taper
@@ -296,13 +328,13 @@ def _blend(
     _put(out, {layer: values[0] for layer, values in result.items()}, layers, legend)
 
 
-def _batches(windows: Sequence[tuple[Span, Span]]) -> Iterator[list[tuple[Span, Span]]]:
-    """Group windows of one shape, up to a number of pixels that suits a processor's caches."""
+def _batches(windows: Sequence[tuple[Span, Span]], session: Session) -> Iterator[list[tuple[Span, Span]]]:
+    """Group windows of one shape, as many as the session takes well at once."""
     by_shape: dict[tuple[int, int], list[tuple[Span, Span]]] = {}
     for window in windows:
         by_shape.setdefault((window[0].size, window[1].size), []).append(window)
     for (height, width), same in by_shape.items():
-        count = max(1, _BATCH_PIXELS // (height * width))
+        count = session.batch(height, width) if len(same) > 1 else 1  # a GPU's session may measure to answer
         yield from (same[i : i + count] for i in range(0, len(same), count))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import dask
 import dask.array as da
 import fsspec
 import numpy as np
@@ -426,10 +427,21 @@ def _compute_on_cluster(client: Any, tiles: Iterator[da.Array], step: Callable[[
 
     try:
         for part in tiles:
-            futures = futures_of(client.persist(part))
+            futures = futures_of(_persist(client, part))
             held.update(futures)
             running.update(futures)
             settle(len(futures) // 2)  # the next tile goes in when half of this one is done: no worker idles at its end
         settle(0)
     finally:
         client.cancel(list(held))
+
+
+def _persist(client: Any, part: da.Array) -> da.Array:
+    """Start one tile; its tasks are not fused where some are bound to workers, which dask would forget."""
+    if any(layer.annotations for layer in part.dask.layers.values()):
+        # here and not on the scheduler, which does not see this configuration
+        with dask.config.set({"optimization.fuse.active": False, "optimization.annotations.fuse": False}):
+            graph = part.__dask_optimize__(part.dask, part.__dask_keys__())
+        unfused = da.Array(graph, part.name, part.chunks, meta=part._meta)
+        return cast(da.Array, client.persist(unfused, optimize_graph=False))
+    return cast(da.Array, client.persist(part))

@@ -30,6 +30,7 @@ from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle, cache_folder
 from s2seg.models.export import ConversionError, write_openvino
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
+from s2seg.models.runtimes.batching import batch_for_caches
 from s2seg.models.runtimes.seams import warn_of_seams
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
@@ -77,6 +78,15 @@ class OpenVinoSession:
         self._batch = self._fixed_batch()
         self._compiled: dict[_Key, Any] = {}
         self._lock = threading.Lock()
+
+    @property
+    def parallel(self) -> int:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        return 1
+
+    def batch(self, height: int, width: int) -> int:
+        """See :class:`s2seg.models.runtimes.Session`."""
+        return max(self._batch, batch_for_caches(height, width))
 
     def classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]

@@ -1,0 +1,90 @@
+"""Who runs the network, and on how much at once: workers that have a GPU, as many threads as the session wants."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import dask
+import numpy as np
+import pytest
+from distributed import Client, Scheduler, SpecCluster, Worker, get_worker
+
+from s2seg.inference import predict
+from s2seg.models.runtimes import onnxrt, open_session
+from s2seg.outputs.zarr import read_land_cover, write_zarr
+from s2seg.windows import ChunkSpec
+from tests.test_inference import make_scene
+from tests.tiny import tiny_onnx
+
+ran: dict[str, Counter[str]] = {}
+
+
+def read(block: np.ndarray) -> np.ndarray:
+    ran["read"][get_worker().name] += 1
+    return block
+
+
+@pytest.mark.parametrize(
+    ("device", "networks_run_on"), [("auto", {"gpu"}), ("cpu", {"gpu", "io"})], ids=["bound to the GPU", "anywhere"]
+)
+def test_only_workers_with_a_gpu_run_the_network(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, device: str, networks_run_on: set[str]
+) -> None:
+    model, scene, spec = tiny_onnx(tmp_path / "m"), make_scene(512, 512), ChunkSpec.trimmed(core=64, depth=32)
+    expected = predict(scene, model, chunks=spec).compute()
+    ran.update(read=Counter(), network=Counter())
+    classify = onnxrt.OnnxSession.classify
+
+    def noted(self: onnxrt.OnnxSession, *arguments: object) -> object:
+        ran["network"][get_worker().name] += 1
+        return classify(self, *arguments)
+
+    monkeypatch.setattr(onnxrt.OnnxSession, "classify", noted)
+    workers = {
+        "io": {"cls": Worker, "options": {"nthreads": 2, "host": "127.0.0.1"}},
+        "gpu": {"cls": Worker, "options": {"nthreads": 2, "host": "127.0.0.1", "resources": {"GPU": 1}}},
+    }
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": ":0"}}
+    with SpecCluster(workers=workers, scheduler=scheduler) as cluster, Client(cluster):
+        scene = scene.copy(data=scene.data.map_blocks(read, dtype=scene.dtype, meta=np.empty((0, 0, 0), scene.dtype)))
+        write_zarr(predict(scene, model, chunks=spec, device=device), tmp_path / "map.zarr")
+    np.testing.assert_array_equal(read_land_cover(tmp_path / "map.zarr").land_cover, expected.land_cover)
+    assert set(ran["network"]) == networks_run_on
+    assert set(ran["read"]) == {"gpu", "io"}
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_as_many_threads_run_the_network_as_the_session_wants(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, parallel: int
+) -> None:
+    model, scene = tiny_onnx(tmp_path / "m"), make_scene(256, 256)
+    session, together = open_session(model), threading.Barrier(parallel)
+    classify, running, most = session.classify, set(), []
+
+    def noted(*arguments: object) -> object:
+        running.add(threading.get_ident())
+        together.wait(timeout=20)  # passes only where so many are here
+        most.append(len(running))
+        together.wait(timeout=20)
+        running.discard(threading.get_ident())
+        return classify(*arguments)
+
+    monkeypatch.setattr(session, "parallel", parallel)
+    monkeypatch.setattr(session, "classify", noted)
+    with dask.config.set(scheduler="threads", num_workers=4):
+        predict(scene, model, chunks=ChunkSpec.trimmed(core=64, depth=32)).compute()
+    assert most == [parallel] * 16
+
+
+def test_windows_go_in_batches_of_the_sessions_choice(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scene, asked, sizes = tiny_onnx(tmp_path / "m"), make_scene(256, 256), [], []
+    spec = ChunkSpec.blended(core=96, window=64, overlap=32)
+    expected = predict(scene, model, chunks=spec).compute()
+    session = open_session(model)
+    probabilities = session.probabilities
+    monkeypatch.setattr(session, "batch", lambda *size: asked.append(size) or 2)
+    monkeypatch.setattr(session, "probabilities", lambda windows: sizes.append(len(windows)) or probabilities(windows))
+    np.testing.assert_array_equal(predict(scene, model, chunks=spec).land_cover, expected.land_cover)
+    assert set(asked) == {(64, 64)}
+    assert max(sizes) == 2
