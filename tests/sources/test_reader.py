@@ -134,6 +134,21 @@ def test_another_zone_is_warped_to_where_it_lies(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("resolution", [5, 10, 20, 40])
+@pytest.mark.parametrize("window", [(0, 0, 8, 8), (-3, 2, 9, 20), (70, 70, 4, 4)])
+def test_one_byte_a_pixel_is_widened(tmp_path: Path, resolution: int, window: tuple[int, int, int, int]) -> None:
+    source = np.repeat(np.arange(16, dtype=np.uint8).reshape(4, 4) + 1, 4, 0).repeat(4, 1)
+    row, col, height, width = window
+    at = Window(col, row, width, height)
+    pixels = (source, source.astype(np.uint16))
+    small, large = (
+        read_window(AssetRef("i", "scl", write(tmp_path / f"{a.dtype}.tif", a, resolution)), EPSG, grid(10), at)
+        for a in pixels
+    )
+    assert small.dtype == np.uint16
+    np.testing.assert_array_equal(small, large)
+
+
 def test_the_offset_is_taken_off_valid_pixels_only(tmp_path: Path) -> None:
     source = np.array([[0, 1, 1000, 1001, 3000]], np.uint16)
     path = write(tmp_path / "a.tif", source, 10)

@@ -1,4 +1,4 @@
-"""Reads over HTTP from a server on the loopback that fails in the ways that object stores do."""
+"""Reads over HTTP and S3 from a server on the loopback that fails in the ways that object stores do."""
 
 from __future__ import annotations
 
@@ -110,3 +110,21 @@ def test_links_are_signed_late_and_again_when_they_have_expired(store: Store) ->
     store.expired = next(_tokens) + 1  # the next link that is made has expired already
     got = read_window(ref, EPSG, grid(10), WHOLE)
     np.testing.assert_array_equal(got, positions(200, 200))
+
+
+@pytest.fixture
+def bucket(store: Store, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The store as a public S3 bucket."""
+    monkeypatch.setenv("AWS_S3_ENDPOINT", f"127.0.0.1:{store.server_port}")
+    monkeypatch.setenv("AWS_HTTPS", "NO")
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTING", "FALSE")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    return f"s3://bucket/{store.server_port}.tif"  # open files are remembered by their name
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_a_bucket_is_read_and_again_after_a_failure(store: Store, bucket: str, failures: int) -> None:
+    store.failures = failures
+    got = read_window(AssetRef("i", "red", bucket), EPSG, grid(10), WHOLE)
+    np.testing.assert_array_equal(got, positions(200, 200))
+    assert store.requests > failures
