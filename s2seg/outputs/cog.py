@@ -136,7 +136,10 @@ def _reason(path: Path, said: str) -> str:
 
 
 def _write_pixels(data: xr.DataArray, path: Path, nodata: int) -> list[tuple[Window, int]]:
-    """Stream the blocks into a plain tiled GeoTIFF; return where each went, with its checksum."""
+    """Stream the blocks into a plain tiled GeoTIFF; return where each went, with its checksum.
+
+    It is not compressed: a byte per pixel on the disk, for the seconds it lives, costs less than packing it.
+    """
     geobox: GeoBox = data.odc.geobox
     profile = {
         "driver": "GTiff",
@@ -157,7 +160,7 @@ def _write_pixels(data: xr.DataArray, path: Path, nodata: int) -> list[tuple[Win
         data = data.transpose("y", "x")
         for rows, columns in pieces(data):
             window, block = Window.from_slices(rows, columns), data[rows, columns].to_numpy()
-            out.write(block, 1, window=window)  # threads of GDAL's compress it while the next one is decoded
+            out.write(block, 1, window=window)
             written.append((window, _checksum(block)))
     return written
 

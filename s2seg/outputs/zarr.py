@@ -32,6 +32,7 @@ __all__ = ["check_writable", "open_stored", "pieces", "read_land_cover", "write_
 
 _INNER = 512  # a viewer's request; several make a shard
 _ZSTD_LEVEL = 3  # class maps 8.6 : 1; level 6 reaches 10.5 : 1 for twice the time, which the network would miss
+_TOGETHER = 2**24  # pixels of shards in a row that one request decodes in several threads
 _BEST_RATIO = 16  # the disk must hold at least this share of the raw bytes
 _EPOCH = np.datetime64("1970-01-01T00:00:00", "us")
 
@@ -161,7 +162,7 @@ def open_stored(path: str | Path) -> xr.Dataset:
 
 
 def pieces(data: xr.DataArray) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each part that is best taken at once: a dask chunk, else a shard, else all there is.
+    """Rows and columns of each part that is best taken at once: a dask chunk, else a few shards, else all there is.
 
     Parameters
     ----------
@@ -173,13 +174,14 @@ def pieces(data: xr.DataArray) -> Iterator[tuple[slice, slice]]:
     tuple of slice
         Left to right, then down.
     """
-    shard = (data.encoding.get("shards") or data.shape)[-2:]
+    down, across = (data.encoding.get("shards") or data.shape)[-2:]
+    across *= max(1, _TOGETHER // (down * across))
     rows, columns = (
         data.chunksizes.get(dim) or [min(side, data.sizes[dim] - start) for start in range(0, data.sizes[dim], side)]
-        for dim, side in zip(("y", "x"), shard, strict=True)
+        for dim, side in (("y", down), ("x", across))
     )
-    for down, across in product(pairwise(accumulate(rows, initial=0)), pairwise(accumulate(columns, initial=0))):
-        yield slice(*down), slice(*across)
+    for y, x in product(pairwise(accumulate(rows, initial=0)), pairwise(accumulate(columns, initial=0))):
+        yield slice(*y), slice(*x)
 
 
 def _legend(prediction: xr.Dataset) -> Legend:
