@@ -32,6 +32,7 @@ INK, FAINT, EDGE = "#222222", "#666666", "#999999"
 BLANK = 255  # white: no data
 
 _DPI = 200
+_PNG_LEVEL = 4  # a third faster than the usual 6, for 1 or 2 % more bytes
 _SIZE = 8.5  # points, of text
 _MIDDLE = 0.4  # how bright the median pixel of a scene should be
 _ROW = 0.24  # of a key
@@ -140,7 +141,7 @@ class Page:
     def save(self, path: Path) -> Path:
         """Write a PNG; it appears under its name when it is complete."""
         with replacing(path) as partial, writing(path):
-            self._figure.savefig(partial, format="png", dpi=_DPI)
+            self._figure.savefig(partial, format="png", dpi=_DPI, pil_kwargs={"compress_level": _PNG_LEVEL})
         return path
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree as ET
 
-import dask
 import numpy as np
 import numpy.typing as npt
 import odc.geo.xr  # noqa: F401  registers .odc
@@ -30,7 +29,7 @@ from rasterio.windows import Window
 from s2seg.errors import InputError, OutputError
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable, replacing, writing
-from s2seg.outputs.zarr import read_land_cover
+from s2seg.outputs.zarr import open_stored, pieces
 
 _BLOCK = 512
 _CACHE_MB = 128  # GDAL's default is 5 % of the machine
@@ -92,9 +91,7 @@ def write_cog(
         _gdal(path),
     ):
         pixels, cog = Path(scratch, "pixels.tif"), Path(scratch, "cog.tif")
-        # a stored map is read here, by this process, even where a cluster computed it
-        with nullcontext() if isinstance(source, xr.DataArray) else dask.config.set(scheduler="threads"):
-            written = _write_pixels(data, pixels, nodata)
+        written = _write_pixels(data, pixels, nodata)
         _label(pixels, name, legend, tags or {})
         _to_cog(pixels, cog, "MODE" if legend else "AVERAGE")
         _verify(cog, written, path)
@@ -106,7 +103,7 @@ def write_cog(
 def _open(source: xr.DataArray | str | Path, legend: Legend | None) -> xr.DataArray:
     if isinstance(source, xr.DataArray):
         return source
-    return read_land_cover(source)["land_cover" if legend else "confidence"]
+    return open_stored(source)["land_cover" if legend else "confidence"]
 
 
 def _one_date(data: xr.DataArray, time: str | np.datetime64 | None) -> xr.DataArray:
@@ -125,7 +122,8 @@ def _one_date(data: xr.DataArray, time: str | np.datetime64 | None) -> xr.DataAr
 def _gdal(path: Path) -> Iterator[None]:
     """GDAL with bounded memory, whose complaints are about our output: the input has been read by others."""
     try:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB * 2**20, GDAL_NUM_THREADS="ALL_CPUS"):
+        # the COG driver gathers overviews in a file of its own, at Zstandard's level 9 unless told otherwise
+        with rasterio.Env(GDAL_CACHEMAX=_CACHE_MB * 2**20, GDAL_NUM_THREADS="ALL_CPUS", ZSTD_LEVEL_OVERVIEW=1):
             yield
     except (RasterioError, CPLE_BaseError) as error:
         raise OutputError(str(path), _reason(path, " ".join(str(error).split()))) from error
@@ -138,7 +136,10 @@ def _reason(path: Path, said: str) -> str:
 
 
 def _write_pixels(data: xr.DataArray, path: Path, nodata: int) -> list[tuple[Window, int]]:
-    """Stream the blocks into a plain tiled GeoTIFF; return where each went, with its checksum."""
+    """Stream the blocks into a plain tiled GeoTIFF; return where each went, with its checksum.
+
+    It is not compressed: a byte per pixel on the disk, for the seconds it lives, costs less than packing it.
+    """
     geobox: GeoBox = data.odc.geobox
     profile = {
         "driver": "GTiff",
@@ -152,13 +153,13 @@ def _write_pixels(data: xr.DataArray, path: Path, nodata: int) -> list[tuple[Win
         "tiled": True,
         "blockxsize": _BLOCK,
         "blockysize": _BLOCK,
-        "compress": "DEFLATE",
-        "zlevel": 1,
         "bigtiff": "IF_SAFER",
     }
     written = []
     with rasterio.open(path, "w", **profile) as out:
-        for window, block in _blocks(data.transpose("y", "x")):
+        data = data.transpose("y", "x")
+        for rows, columns in pieces(data):
+            window, block = Window.from_slices(rows, columns), data[rows, columns].to_numpy()
             out.write(block, 1, window=window)
             written.append((window, _checksum(block)))
     return written
@@ -174,14 +175,6 @@ def _verify(cog: Path, written: list[tuple[Window, int]], path: Path) -> None:
         for window, checksum in written:
             if _checksum(src.read(1, window=window)) != checksum:
                 raise OutputError(str(path), _reason(path, "it does not hold the pixels that were written"))
-
-
-def _blocks(data: xr.DataArray) -> Iterator[tuple[Window, npt.NDArray[Any]]]:
-    rows, columns = data.chunks or ((data.sizes["y"],), (data.sizes["x"],))
-    for y, height in zip(np.cumsum([0, *rows]), rows, strict=False):
-        for x, width in zip(np.cumsum([0, *columns]), columns, strict=False):
-            block = data.isel(y=slice(y, y + height), x=slice(x, x + width)).to_numpy()
-            yield Window(x, y, width, height), block
 
 
 def _label(path: Path, name: str, legend: Legend | None, tags: Mapping[str, str]) -> None:

@@ -59,8 +59,13 @@ def thumbnail(data: _Array, max_side: int = 1200) -> _Array:
     xr.DataArray or xr.Dataset
         The same kind, with its coordinates.
     """
-    step = max(1, math.ceil(max(data.sizes["y"], data.sizes["x"]) / max_side))
+    step = stride(data.sizes["y"], data.sizes["x"], max_side)
     return data.isel(y=slice(step // 2, None, step), x=slice(step // 2, None, step))
+
+
+def stride(height: int, width: int, max_side: int) -> int:
+    """Pixels from one that :func:`thumbnail` takes to the next; the first is half a stride from the edge."""
+    return max(1, math.ceil(max(height, width) / max_side))
 
 
 def write_quicklook(

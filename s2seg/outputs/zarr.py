@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,10 +29,11 @@ from s2seg.errors import InputError, OutputError
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable, existing_parent, identifiers, is_url, replacing, writing
 
-__all__ = ["check_writable", "read_land_cover", "write_zarr"]
+__all__ = ["check_writable", "open_stored", "pieces", "read_land_cover", "write_zarr"]
 
 _INNER = 512  # a viewer's request; several make a shard
 _ZSTD_LEVEL = 3  # class maps 8.6 : 1; level 6 reaches 10.5 : 1 for twice the time, which the network would miss
+_TOGETHER = 2**24  # pixels of shards in a row that one request decodes in several threads
 _BEST_RATIO = 16  # the disk must hold at least this share of the raw bytes
 _EPOCH = np.datetime64("1970-01-01T00:00:00", "us")
 
@@ -130,15 +132,57 @@ def read_land_cover(path: str | Path) -> xr.Dataset:
     xr.Dataset
         As it was given to :func:`write_zarr`: ``attrs["legend"]`` is a mapping again.
     """
-    stored = xr.open_zarr(str(path), chunks=None, mask_and_scale=False)
+    stored = open_stored(path)
     shards = {
         dim: size
         for variable in stored.data_vars.values()
         for dim, size in zip(variable.dims, variable.encoding.get("shards") or (), strict=False)
     }
-    prediction: xr.Dataset = stored.chunk(shards)
-    prediction.attrs["legend"] = json.loads(prediction.attrs["legend"])
-    return prediction
+    return stored.chunk(shards)
+
+
+def open_stored(path: str | Path) -> xr.Dataset:
+    """Open a written prediction as :func:`read_land_cover` does, but without dask: for one look at each pixel.
+
+    Whoever asks for pixels decodes them, in this process, even where a cluster computed them; :func:`pieces` says which
+    to ask for together. That takes half the time of a graph of blocks.
+
+    Parameters
+    ----------
+    path
+        What :func:`write_zarr` wrote.
+
+    Returns
+    -------
+    xr.Dataset
+        Lazily indexed, with geobox; ``attrs["legend"]`` is a mapping again.
+    """
+    stored: xr.Dataset = xr.open_zarr(str(path), chunks=None, mask_and_scale=False)
+    stored.attrs["legend"] = json.loads(stored.attrs["legend"])
+    return stored
+
+
+def pieces(data: xr.DataArray) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each part that is best taken at once: a dask chunk, else a few shards, else all there is.
+
+    Parameters
+    ----------
+    data
+        With y and x as its last two dimensions.
+
+    Yields
+    ------
+    tuple of slice
+        Left to right, then down.
+    """
+    down, across = (data.encoding.get("shards") or data.shape)[-2:]
+    across *= max(1, _TOGETHER // (down * across))
+    rows, columns = (
+        data.chunksizes.get(dim) or [min(side, data.sizes[dim] - start) for start in range(0, data.sizes[dim], side)]
+        for dim, side in (("y", down), ("x", across))
+    )
+    for y, x in product(pairwise(accumulate(rows, initial=0)), pairwise(accumulate(columns, initial=0))):
+        yield slice(*y), slice(*x)
 
 
 def _legend(prediction: xr.Dataset) -> Legend:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from odc.geo.geobox import GeoBox
 from shapely.geometry import mapping
 
 from s2seg.outputs.cog import write_cog
-from s2seg.outputs.quicklook import thumbnail, write_quicklook, write_quicklook_series
+from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_quicklook_series
 from s2seg.outputs.stac import write_item
+from s2seg.outputs.zarr import open_stored, pieces
 from s2seg.pipeline.plan import Plan
 from s2seg.sources.composite import composite, per_date
 from s2seg.sources.radiometry import Offset
@@ -32,65 +34,122 @@ _PICTURE_PIXELS = 1000
 _VERSIONS = ("s2seg", "dask", "numpy", "odc-geo", "pystac-client", "rasterio", "stackstac", "xarray", "zarr")
 
 
+@dataclass(frozen=True)
+class Product:
+    """One map as files.
+
+    Parameters
+    ----------
+    land_cover, item
+        Names of its COG and of its STAC item.
+    counts
+        (256,) int64: pixels of each code.
+    """
+
+    land_cover: str
+    item: str
+    counts: npt.NDArray[np.int64]
+
+
 def write_products(
-    plan: Plan, stored: xr.Dataset, staged: Path, offsets: Mapping[str, Offset], report: Callable[[int, int], None]
-) -> list[tuple[str, str]]:
-    """COG and STAC item, one each per date, and the picture; returns their names."""
-    dates = _dates(plan, stored)
-    picture = _picture(plan, offsets)
-    subtitle = f"{plan.model.spec.name} {plan.model.sha256[:8]} - {plan.geobox.crs} - {plan.options.resolution:g} m"
+    plan: Plan, staged: Path, offsets: Mapping[str, Offset], report: Callable[[int, int], None]
+) -> list[Product]:
+    """COG and STAC item of each stored map, and the picture, which is read and drawn while the COGs are written."""
+    maps = open_stored(staged / "land_cover.zarr").land_cover
+    dates = _dates(plan, maps)
     names: list[tuple[str, str]] = []
-    for done, (label, index, items) in enumerate(dates):
-        report(done, len(dates))
-        suffix = f"_{label}" if plan.options.dates_apart else ""
-        cog, item = f"land_cover{suffix}.tif", f"item{suffix}.json"
-        layer = stored.land_cover.isel(time=index) if plan.options.dates_apart else stored.land_cover
-        write_cog(layer, staged / cog, legend=plan.model.spec.legend, tags=_tags(plan))
-        times = [i.datetime for i in items if i.datetime]
-        write_item(
-            staged / item,
-            geobox=plan.geobox,
-            legend=plan.model.spec.legend,
-            assets={
-                "land_cover": staged / cog,
-                "zarr": staged / "land_cover.zarr",
-                "quicklook": staged / "quicklook.png",
-            },
-            datetime=times[0] if plan.options.dates_apart else (min(times), max(times)),
-            source_items=items,
-            model={"name": plan.model.spec.name, "sha256": plan.model.sha256},
-            item_id=f"land-cover{suffix}" if suffix else f"land-cover_{min(times):%Y%m%d}_{max(times):%Y%m%d}",
-            created=datetime.now(UTC),
-            version=importlib.metadata.version("s2seg"),
-        )
-        names.append((cog, item))
-    title = f"{dates[0][2][0].datetime:%Y-%m-%d} to {dates[-1][2][-1].datetime:%Y-%m-%d}"
-    maps = thumbnail(stored.land_cover, _PICTURE_PIXELS).compute()
+    with ThreadPoolExecutor(1) as aside:
+        counting = aside.submit(_write_picture, plan, maps, dates, offsets, staged / "quicklook.png")
+        for done, (label, items) in enumerate(dates):
+            report(done, len(dates))
+            names.append(_write_map(plan, maps, done, label, items, staged))
+        counts = counting.result()
+    report(len(dates), len(dates))
+    return [Product(cog, item, n) for (cog, item), n in zip(names, counts, strict=True)]
+
+
+def _write_map(
+    plan: Plan, maps: xr.DataArray, index: int, label: str, items: list[pystac.Item], staged: Path
+) -> tuple[str, str]:
+    """Write the COG and the item of one map; returns their names."""
+    suffix = f"_{label}" if plan.options.dates_apart else ""
+    cog, item = f"land_cover{suffix}.tif", f"item{suffix}.json"
+    layer = maps.isel(time=index) if plan.options.dates_apart else maps
+    write_cog(layer, staged / cog, legend=plan.model.spec.legend, tags=_tags(plan))
+    times = [i.datetime for i in items if i.datetime]
+    write_item(
+        staged / item,
+        geobox=plan.geobox,
+        legend=plan.model.spec.legend,
+        assets={
+            "land_cover": staged / cog,
+            "zarr": staged / "land_cover.zarr",
+            "quicklook": staged / "quicklook.png",
+        },
+        datetime=times[0] if plan.options.dates_apart else (min(times), max(times)),
+        source_items=items,
+        model={"name": plan.model.spec.name, "sha256": plan.model.sha256},
+        item_id=f"land-cover{suffix}" if suffix else f"land-cover_{min(times):%Y%m%d}_{max(times):%Y%m%d}",
+        created=datetime.now(UTC),
+        version=importlib.metadata.version("s2seg"),
+    )
+    return cog, item
+
+
+def _write_picture(
+    plan: Plan,
+    maps: xr.DataArray,
+    dates: list[tuple[str, list[pystac.Item]]],
+    offsets: Mapping[str, Offset],
+    path: Path,
+) -> npt.NDArray[np.int64]:
+    """Draw the quicklook; returns the pixels of each code in each map, (date, 256), which the same reading counts."""
+    scene = _picture(plan, offsets)
+    counts, small = _survey(maps)
+    title = f"{dates[0][1][0].datetime:%Y-%m-%d} to {dates[-1][1][-1].datetime:%Y-%m-%d}"
+    subtitle = f"{plan.model.spec.name} {plan.model.sha256[:8]} - {plan.geobox.crs} - {plan.options.resolution:g} m"
+    legend = plan.model.spec.legend
     if plan.options.dates_apart:
         write_quicklook_series(
-            staged / "quicklook.png", composites=picture, land_cover=maps, legend=plan.model.spec.legend, title=title,
-            subtitle=subtitle,
+            path, composites=scene, land_cover=small, legend=legend, title=title, subtitle=subtitle,
         )  # fmt: skip
     else:
         write_quicklook(
-            staged / "quicklook.png", composite=picture, land_cover=maps, legend=plan.model.spec.legend, title=title,
-            subtitle=subtitle,
+            path, composite=scene, land_cover=small, legend=legend, title=title, subtitle=subtitle,
         )  # fmt: skip
-    report(len(dates), len(dates))
-    return names
+    return counts
 
 
-def _dates(plan: Plan, stored: xr.Dataset) -> list[tuple[str, int, list[pystac.Item]]]:
-    """Label, index along time and source items of each map; a composite is one map of all items."""
+def _survey(maps: xr.DataArray) -> tuple[npt.NDArray[np.int64], xr.DataArray]:
+    """Pixels of each code in each map, (date, 256), and the maps as the picture shows them, from one reading."""
+    thumb = thumbnail(maps, _PICTURE_PIXELS)
+    step = stride(maps.sizes["y"], maps.sizes["x"], _PICTURE_PIXELS)
+    down, across = (np.arange(maps.sizes[dim])[step // 2 :: step] for dim in ("y", "x"))
+    layers = [maps] if maps.ndim == 2 else list(maps)
+    counts, small = np.zeros((len(layers), 256), np.int64), np.empty((len(layers), *thumb.shape[-2:]), maps.dtype)
+    for count, picture, layer in zip(counts, small, layers, strict=True):
+        for rows, columns in pieces(layer):
+            block = layer[rows, columns].to_numpy()
+            count += np.bincount(block.ravel(), minlength=256)
+            y, x = (
+                slice(*np.searchsorted(taken, (span.start, span.stop)))
+                for taken, span in ((down, rows), (across, columns))
+            )
+            picture[y, x] = block[np.ix_(down[y] - rows.start, across[x] - columns.start)]
+    return counts, thumb.copy(data=small.reshape(thumb.shape))
+
+
+def _dates(plan: Plan, maps: xr.DataArray) -> list[tuple[str, list[pystac.Item]]]:
+    """Label and source items of each map along time; a composite is one map of all items."""
     if not plan.options.dates_apart:
-        return [("", 0, list(plan.items))]
+        return [("", list(plan.items))]
     ends = np.cumsum(plan.passes)
     groups = [list(plan.items[end - n : end]) for n, end in zip(plan.passes, ends, strict=True)]
-    times = [np.datetime_as_string(t, unit="s") for t in stored.time.values]
+    times = [np.datetime_as_string(t, unit="s") for t in maps.time.values]
     days = [t[:10].replace("-", "") for t in times]
     # two platforms may pass on one day: then the time tells them apart
     labels = days if len(set(days)) == len(days) else [t.replace("-", "").replace(":", "") for t in times]
-    return [(label, i, group) for i, (label, group) in enumerate(zip(labels, groups, strict=True))]
+    return list(zip(labels, groups, strict=True))
 
 
 def _picture(plan: Plan, offsets: Mapping[str, Offset]) -> xr.DataArray:
@@ -122,8 +181,7 @@ def describe_run(
     catalog: str,
     dates: str,
     offsets: Mapping[str, Offset],
-    products: Sequence[tuple[str, str]],
-    counts: npt.NDArray[np.int64],
+    products: Sequence[Product],
     session: Mapping[str, str],
     notes: Sequence[str],
     seconds: Mapping[str, float],
@@ -161,15 +219,15 @@ def describe_run(
         ],
         "maps": [
             {
-                "land_cover": cog,
-                "item": item,
+                "land_cover": product.land_cover,
+                "item": product.item,
                 "classes": [
-                    {"code": c.code, "name": c.name, "pixels": int(n[c.code]), "km2": round(int(n[c.code]) * area, 4)}
-                    for c in legend.classes
+                    {"code": c.code, "name": c.name, "pixels": n, "km2": round(n * area, 4)}
+                    for c, n in zip(legend.classes, product.counts[list(legend.codes)].tolist(), strict=True)
                 ],
-                "nodata_pixels": int(n[legend.nodata]),
+                "nodata_pixels": int(product.counts[legend.nodata]),
             }
-            for (cog, item), n in zip(products, counts, strict=True)
+            for product in products
         ],
         "warnings": list(notes),
         "seconds": seconds,

@@ -12,11 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import xarray as xr
-from dask.base import compute
-from dask.delayed import delayed
 from shapely.geometry.base import BaseGeometry
 
 from s2seg.errors import OutputError, S2SegError, S2SegWarning
@@ -24,10 +19,10 @@ from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.runtimes import choose_session
 from s2seg.outputs._files import check_writable, remove, writing
-from s2seg.outputs.zarr import read_land_cover, write_zarr
+from s2seg.outputs.zarr import write_zarr
 from s2seg.pipeline.build import build_prediction, build_scene
 from s2seg.pipeline.plan import MapOptions, plan_area
-from s2seg.pipeline.products import describe_run, write_products
+from s2seg.pipeline.products import Product, describe_run, write_products
 from s2seg.sources.catalogs import Catalog, resolve_catalog
 from s2seg.sources.radiometry import decide_offsets
 
@@ -120,21 +115,19 @@ def map_area(
         prediction = build_prediction(plan, scene)
         with _staging(folder) as staged:
             with clock("map"):
-                zarr = write_zarr(
+                write_zarr(
                     prediction, staged / "land_cover.zarr", tile=plan.tile,
                     on_progress=lambda done, total: report("map", done, total),
                 )  # fmt: skip
-            stored = read_land_cover(zarr)
-            counts = _count(stored.land_cover, plan.model.spec.legend)
             with clock("outputs"):
-                products = write_products(plan, stored, staged, offsets, lambda d, n: report("outputs", d, n))
+                products = write_products(plan, staged, offsets, lambda d, n: report("outputs", d, n))
+            _refuse_empty(products, plan.model.spec.legend)
             record = describe_run(
                 plan,
                 str(resolve_catalog(catalog).url),
                 datetime,
                 offsets,
                 products,
-                counts,
                 {"session": session.name, "chosen": why},
                 notes,
                 clock.seconds,
@@ -144,8 +137,8 @@ def map_area(
                 _publish(staged, folder)
     return MapResult(
         zarr=folder / "land_cover.zarr",
-        land_cover=tuple(folder / name for name, _ in products),
-        items=tuple(folder / name for _, name in products),
+        land_cover=tuple(folder / product.land_cover for product in products),
+        items=tuple(folder / product.item for product in products),
         quicklook=folder / "quicklook.png",
         run=folder / "run.json",
         record=record,
@@ -219,23 +212,9 @@ def _publish(staged: Path, folder: Path) -> None:
         path.replace(folder / path.name)
 
 
-def _count(land_cover: xr.DataArray, legend: Legend) -> npt.NDArray[np.int64]:
-    """Pixels of each code in each map: (date, 256); a composite is one map.
-
-    Raises
-    ------
-    NothingMappedError
-        If all of them are nodata.
-    """
-    maps = land_cover.data[None] if land_cover.ndim == 2 else land_cover.data
-    blocks = [[delayed(_bincount)(block) for block in one.to_delayed().ravel()] for one in maps]
-    counts = np.array([np.sum(one, axis=0) for one in compute(*blocks)])
-    if counts.sum() == counts[:, legend.nodata].sum():
+def _refuse_empty(products: Sequence[Product], legend: Legend) -> None:
+    """Raise a NothingMappedError if every pixel of every map is nodata."""
+    if all(product.counts.sum() == product.counts[legend.nodata] for product in products):
         raise NothingMappedError(
             "nothing to map: no scene has a clear pixel in this area; widen the dates, or mask fewer SCL classes"
         )
-    return counts
-
-
-def _bincount(block: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    return np.bincount(block.ravel(), minlength=256)

@@ -15,7 +15,7 @@ from odc.geo.xr import xr_coords
 
 from s2seg.errors import InputError, OutputError, ReadError
 from s2seg.legend import Legend
-from s2seg.outputs.zarr import read_land_cover, write_zarr
+from s2seg.outputs.zarr import open_stored, pieces, read_land_cover, write_zarr
 from tests.outputs.conftest import grid
 
 
@@ -192,6 +192,27 @@ def test_reading_back_gives_blocks_geobox_and_legend(tmp_path, legend, make_pred
     assert Legend.from_dict(back.attrs["legend"]) == legend
     again = write_zarr(back, tmp_path / "again.zarr")  # what was read can be written
     assert stored_files(again) == stored_files(tmp_path / "map.zarr")
+
+
+@pytest.mark.parametrize(("together", "count"), [(1, 12), (2 * 64 * 64, 6), (2**24, 3)])
+def test_pieces_of_a_stored_map_are_whole_shards_that_cover_it_once(
+    tmp_path, legend, make_prediction, monkeypatch, together, count
+):
+    monkeypatch.setattr("s2seg.outputs.zarr._TOGETHER", together)
+    prediction = make_prediction(legend, shape=(150, 220), core=64)
+    stored = open_stored(write_zarr(prediction, tmp_path / "map.zarr"))
+    assert Legend.from_dict(stored.attrs["legend"]) == legend
+    assert stored.land_cover.chunks is None
+    seen = np.zeros((150, 220), int)
+    taken = list(pieces(stored.land_cover))
+    for rows, columns in taken:
+        seen[rows, columns] += 1
+        assert rows.start % 64 == columns.start % 64 == 0
+        np.testing.assert_array_equal(stored.land_cover[rows, columns], prediction.land_cover[rows, columns])
+    assert len(taken) == count
+    assert (seen == 1).all()
+    assert len(list(pieces(prediction.land_cover))) == 12, "dask's chunks, one by one"
+    assert list(pieces(prediction.land_cover.load())) == [(slice(0, 150), slice(0, 220))]
 
 
 def test_progress_counts_blocks(tmp_path, legend, make_prediction):
