@@ -1,27 +1,29 @@
-"""The chip store: samples for training as a sharded Zarr group, written once, read fast."""
+"""The chip store: samples for training as a Zarr group, written once, read fast.
+
+Pixels are stored as they are. Compression saves a third of the bytes of real scenes, and decoding costs more than it
+saves when chips come in random order: whole chunks of chips are mapped into memory, and a chip is one copy.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec
 
 from s2seg.errors import InputError
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable, replacing, writing
-from s2seg.training.cutting import Place, Planes, Window, blocks_of, cut
+from s2seg.training.cutting import Place, Planes, Window, blocks_of, cut, dates_together
 from s2seg.training.splits import PARTS
 
 Images = npt.NDArray[np.uint16]
@@ -29,12 +31,10 @@ Labels = npt.NDArray[np.uint8]
 Keep = Callable[[Images, Labels], bool]
 Progress = Callable[[int, int], None]
 
-_FORMAT = 1
-_SHARD_BYTES = 16 * 2**20  # what a writer holds at once, and one file
-_IN_MEMORY = 2**30  # a store up to this size is decoded once and kept
+_FORMAT = 2
+_CHUNK_BYTES = 16 * 2**20  # what a writer holds at once, and one file
+_MAPPED = 512  # files that a process keeps open
 _TABLES = {"origin": np.int32, "size": np.int32, "part": np.uint8, "histogram": np.int64}
-# bit planes of neighbouring pixels compress well, and lz4 decodes faster than a disk reads
-_CODEC = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ class ChipStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._group, about = _open(self.path)
-        self._lock = threading.Lock()
-        self._memory: tuple[Images, Labels] | None = None
+        self._image, self._label = (_Pixels(self.path, _array(self._group, name)) for name in ("image", "label"))
         self.fingerprint: str = about["fingerprint"]
         self.legend = Legend.from_dict(about["legend"], where=str(path))
         self.bands: tuple[str, ...] = tuple(about["bands"])
@@ -166,31 +165,14 @@ class ChipStore:
 
     def images(self, indices: int | slice | npt.ArrayLike) -> Images:
         """(n, band, size, size) uint16 DN, 0 is nodata; a single index gives n = 1."""
-        return cast(Images, self._read("image", indices))
+        return self._image.read(self._slots(indices))
 
     def labels(self, indices: int | slice | npt.ArrayLike) -> Labels:
         """(n, size, size) uint8 legend codes."""
-        return cast(Labels, self._read("label", indices))
+        return self._label.read(self._slots(indices))
 
-    def _read(self, name: str, indices: int | slice | npt.ArrayLike) -> npt.NDArray[Any]:
-        slots = np.atleast_1d(self._order[cast(Any, indices)])
-        if self._fits_memory:
-            return self._decoded[name == "label"][slots]
-        array = _array(self._group, name)
-        # one by one: zarr's fancy indexing decodes whole shards
-        chips = [array[int(slot)] for slot in slots]
-        return np.stack(chips) if chips else np.empty((0, *array.shape[1:]), array.dtype)
-
-    @cached_property
-    def _fits_memory(self) -> bool:
-        return sum(_array(self._group, name).nbytes for name in ("image", "label")) <= _IN_MEMORY
-
-    @property
-    def _decoded(self) -> tuple[Images, Labels]:
-        with self._lock:  # a prefetching thread and the main one may both be first
-            if self._memory is None:
-                self._memory = _values(self._group, "image"), _values(self._group, "label")
-            return self._memory
+    def _slots(self, indices: int | slice | npt.ArrayLike) -> npt.NDArray[np.int64]:
+        return np.atleast_1d(self._order[cast(Any, indices)])
 
 
 def open_chips(path: str | Path, fingerprint: str | None = None) -> ChipStore:
@@ -331,14 +313,15 @@ def _select(
     tally: _Tally,
     on_progress: Progress | None,
 ) -> Iterator[_Chip]:
-    total, done = sum(map(blocks_of, regions)), 0
-    for index, region in enumerate(regions):
-        with closing(cut(region, spec.windows, legend.nodata)) as blocks:
+    groups = dates_together(regions)
+    total, done = sum(blocks_of(regions[group[0]]) for group in groups), 0
+    for group in groups:
+        with closing(cut([regions[index] for index in group], spec.windows)) as blocks:
             for block in blocks:
-                for window, planes in block:
+                for date, window, planes in block:
                     tally.windows += 1
-                    for chip in _chips(index, window, planes, legend, spec, tally):
-                        _check_codes(chip, region, legend)
+                    for chip in _chips(group[date], window, planes, legend, spec, tally):
+                        _check_codes(chip, regions[group[date]], legend)
                         if keep is None or keep(chip.image, chip.label):
                             yield chip
                         else:
@@ -352,23 +335,23 @@ def _chips(
     region: int, window: Window, planes: Planes, legend: Legend, spec: ChipSpec, tally: _Tally
 ) -> Iterator[_Chip]:
     """One window as a chip of each part for which it passes the filters."""
-    inside = planes[0].size / window.size**2 * spec.size**2
-    planes = _to_size(_padded(planes, window.size, legend.nodata), spec.size)
-    image, codes, parts = planes[:-2], planes[-2], planes[-1]
+    inside = planes.labels.size / window.size**2 * spec.size**2
+    image, codes, parts = _to_size(_padded(planes, window.size, legend.nodata), spec.size, legend.nodata)
     valid = image[0] != 0
     if inside - np.count_nonzero(valid) > spec.max_nodata * inside:
         tally.nodata += 1
         return
     labelled = valid & (codes != legend.nodata)
     enough = False
-    for part in range(1, len(PARTS) + 1):
+    for part in range(max(1, parts.min()), parts.max() + 1):
         mine = labelled & (parts == part)
         pixels = np.count_nonzero(mine)
         if not pixels or pixels < spec.min_labelled * inside:
             continue
         enough = True
-        label = np.where(mine, codes, legend.nodata).astype(np.uint8)
-        histogram = np.bincount(label[mine], minlength=256)
+        label = np.where(mine, codes, np.uint8(legend.nodata))
+        histogram = np.bincount(label.ravel(), minlength=256)
+        histogram[legend.nodata] = 0
         if spec.drop_only and not np.delete(histogram, spec.drop_only).any():
             tally.dropped += 1
             continue
@@ -385,28 +368,34 @@ def _check_codes(chip: _Chip, region: Place, legend: Legend) -> None:
 
 
 def _padded(planes: Planes, size: int, nodata: int) -> Planes:
-    missing = [size - n for n in planes.shape[1:]]
+    missing = [size - n for n in planes.labels.shape]
     if not any(missing):
         return planes
-    padded = np.zeros((len(planes), size, size), np.uint16)
-    padded[-2] = nodata
-    padded[:, : planes.shape[1], : planes.shape[2]] = planes
-    return padded
+    around = [(0, n) for n in missing]
+    return Planes(
+        np.pad(planes.image, [(0, 0), *around]),
+        np.pad(planes.labels, around, constant_values=nodata),
+        np.pad(planes.parts, around),
+    )
 
 
-def _to_size(planes: Planes, size: int) -> Planes:
+def _to_size(planes: Planes, size: int, nodata: int) -> Planes:
     """Resample a window to the size of a chip: reflectance by area or linearly, labels and parts by nearest."""
-    window = planes.shape[1]
+    window = len(planes.labels)
     if window == size:
         return planes
     nearest = (np.arange(size) * 2 + 1) * window // (2 * size)
-    out = planes[:, nearest[:, None], nearest]
+    here = np.ix_(nearest, nearest)
+    present = planes.image[0] != 0
     weights = _weights(window, size)
-    share = weights @ (planes[0] != 0).astype(np.float32) @ weights.T
-    image = weights @ planes[:-2].astype(np.float32) @ weights.T / np.maximum(share, 1e-6)
-    # a pixel counts when at least half of what it is made of does; data never become nodata by rounding
-    out[:-2] = np.where(share >= 0.5, np.clip(np.rint(image), 1, 65535), 0)
-    return out
+    share = weights @ present.astype(np.float32) @ weights.T
+    image = weights @ planes.image.astype(np.float32) @ weights.T / np.maximum(share, 1e-6)
+    return Planes(
+        # a pixel counts when at least half of what it is made of does; data never become nodata by rounding
+        np.where(share >= 0.5, np.clip(np.rint(image), 1, 65535), 0).astype(np.uint16),
+        np.where(present[here], planes.labels[here], np.uint8(nodata)),
+        planes.parts[here],
+    )
 
 
 def _weights(window: int, size: int) -> npt.NDArray[np.float32]:
@@ -427,87 +416,87 @@ def _weights(window: int, size: int) -> npt.NDArray[np.float32]:
 
 
 @dataclass
-class _Shard:
+class _Batch:
     """Chips on their way to disk: copies, since a chip is a view that keeps its whole block in memory."""
 
     images: Images
     labels: Labels
-    train: npt.NDArray[np.bool_]
+    train: list[int] = field(default_factory=list)
     count: int = 0
 
     @classmethod
-    def empty(cls, chips: int, bands: int, size: int) -> _Shard:
-        images = np.empty((chips, bands, size, size), np.uint16)
-        return cls(images, np.empty((chips, size, size), np.uint8), np.empty(chips, bool))
-
-    def another(self) -> _Shard:
-        return _Shard(np.empty_like(self.images), np.empty_like(self.labels), np.empty_like(self.train))
+    def empty(cls, chips: int, bands: int, size: int) -> _Batch:
+        return cls(np.empty((chips, bands, size, size), np.uint16), np.empty((chips, size, size), np.uint8))
 
     def add(self, chip: _Chip) -> None:
         self.images[self.count], self.labels[self.count] = chip.image, chip.label
-        self.train[self.count] = chip.part == 1
+        if chip.part == 1:
+            self.train.append(self.count)
         self.count += 1
 
 
 class _Writer:
-    """Gathers chips into whole shards and stores each while the next one is gathered."""
+    """Gathers chips into whole chunks of the arrays and stores each while the next one is gathered."""
 
     def __init__(self, partial: Path, path: Path, bands: int, size: int, legend: Legend) -> None:
         self.path, self.count, self.has_train = path, 0, False
         self._codes = list(legend.codes)
-        self._per_shard = max(1, min(256, _SHARD_BYTES // (bands * size * size * 2)))
-        self._shard = _Shard.empty(self._per_shard, bands, size)
+        self._per_chunk = max(1, min(256, _CHUNK_BYTES // (bands * size * size * 2)))
+        self._empty = functools.partial(_Batch.empty, self._per_chunk, bands, size)
+        self._batch = self._empty()
         self._tables: dict[str, list[Any]] = {name: [] for name in _TABLES}
         self._sums = _Sums(bands)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="chips")
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[Future[_Batch]] = deque()
         with writing(path):
             self._group = zarr.open_group(str(partial.absolute()), mode="w", zarr_format=3)
-            self._image = self._create("image", (bands, size, size), np.uint16, 0)
-            self._label = self._create("label", (size, size), np.uint8, legend.nodata)
+            self._image = _Pixels(partial, self._create("image", (bands, size, size), np.uint16, 0))
+            self._label = _Pixels(partial, self._create("label", (size, size), np.uint8, legend.nodata))
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: type, fill: int) -> zarr.Array[Any]:
         return self._group.create_array(
             name,
             shape=(0, *shape),
             dtype=dtype,
-            chunks=(1, *shape),
-            shards=(self._per_shard, *shape),
-            compressors=_CODEC,
+            chunks=(self._per_chunk, *shape),
+            compressors=None,
+            filters=None,
             fill_value=fill,
-            config={"write_empty_chunks": True},  # no chip is empty; looking costs a third of the writing
             dimension_names=("chip", *(("band",) if len(shape) == 3 else ()), "y", "x"),
         )
 
     def add(self, chip: _Chip) -> None:
-        self._shard.add(chip)
+        self._batch.add(chip)
         for name, value in (("origin", chip.origin), ("size", chip.size), ("part", chip.part)):
             self._tables[name].append(value)
         self._tables["histogram"].append(chip.histogram[self._codes])
         self.count += 1
         self.has_train |= chip.part == 1
-        if self._shard.count == self._per_shard:
+        if self._batch.count == self._per_chunk:
             self._flush()
 
     def _flush(self) -> None:
-        full, self._shard = self._shard, self._shard.another()
-        while len(self._pending) > 1:  # one shard is stored, one waits
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._store, full, self.count))
+        number = (self.count - 1) // self._per_chunk
+        self._pending.append(self._pool.submit(self._store, self._batch, number))
+        # one is stored, one waits; memory that was used before costs the kernel nothing to give
+        self._batch = self._pending.popleft().result() if len(self._pending) > 2 else self._empty()
 
-    def _store(self, shard: _Shard, stop: int) -> None:
-        self._sums.add(shard.images[: shard.count][shard.train[: shard.count]])
+    def _store(self, batch: _Batch, number: int) -> _Batch:
+        """Store a batch and return it, empty."""
+        self._sums.add(batch.images[i] for i in batch.train)
         with writing(self.path):
-            for array, values in ((self._image, shard.images), (self._label, shard.labels)):
-                array.resize((stop, *array.shape[1:]))
-                array[stop - shard.count : stop] = values[: shard.count]
+            self._image.write(number, batch.images, batch.count)
+            self._label.write(number, batch.labels, batch.count)
+        return replace(batch, train=[], count=0)
 
     def finish(self, about: dict[str, Any]) -> None:
-        if self._shard.count:
+        if self._batch.count:
             self._flush()
         while self._pending:
             self._pending.popleft().result()
         with writing(self.path):
+            for pixels in (self._image, self._label):
+                pixels.array.resize((self.count, *pixels.array.shape[1:]))
             for name, dtype in _TABLES.items():
                 self._group.create_array(name, data=np.array(self._tables[name], dtype))
             mean, std = self._sums.mean_and_std()
@@ -523,7 +512,7 @@ class _Sums:
     def __init__(self, bands: int) -> None:
         self.pixels, self.values, self.squares = 0, [0] * bands, [0] * bands
 
-    def add(self, images: Images) -> None:
+    def add(self, images: Iterable[Images]) -> None:
         for image in images:  # nodata pixels are 0 in all bands and add nothing; float64 holds these sums exactly
             flat = image.reshape(len(image), -1).astype(np.float64)
             self.pixels += int(np.count_nonzero(image[0]))
@@ -549,6 +538,49 @@ def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
     if about.get("s2seg_chips") != _FORMAT:
         raise InputError(f"{path} is not a chip store, or of another version; make it anew with --overwrite")
     return group, about
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Pixels:
+    """An array of the store without the ways of Zarr: its chunks are files that hold pixels and nothing else.
+
+    Zarr would read a whole chunk where one chip is wanted, and copy what it writes.
+    """
+
+    def __init__(self, store: Path, array: zarr.Array[Any]) -> None:
+        self.array = array
+        self._folder, self._dtype = store / array.path, array.dtype.newbyteorder("<")
+        self._mapped = functools.lru_cache(_MAPPED)(self._map)
+
+    def read(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Copy chips, (n, ...), into memory of their own."""
+        chips = np.empty((len(slots), *self.array.shape[1:]), self.array.dtype)
+        for i, slot in enumerate(slots.tolist()):
+            number, at = divmod(slot, self.array.chunks[0])
+            chips[i] = self._mapped(number)[at]
+        return chips
+
+    def write(self, number: int, chips: npt.NDArray[Any], count: int) -> None:
+        """Store the first chips of a chunk as that chunk; the rest becomes fill."""
+        chips[count:] = self.array.fill_value
+        file = self._file(number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb", buffering=0) as out:
+            rest = chips.astype(self._dtype, copy=False).reshape(-1).view(np.uint8).data
+            while rest:  # a system call writes as much as it likes
+                rest = rest[out.write(rest) :]
+
+    def _file(self, number: int) -> Path:
+        return self._folder / self.array.metadata.encode_chunk_key((number, *(0 for _ in self.array.shape[1:])))
+
+    def _map(self, number: int) -> npt.NDArray[Any]:
+        file = self._file(number)
+        try:
+            return np.memmap(file, self._dtype, mode="r", shape=self.array.chunks)
+        except (OSError, ValueError) as error:  # it is not there, or too short
+            raise InputError(f"chips are missing from {file}; make the store anew with --overwrite") from error
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

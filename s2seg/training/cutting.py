@@ -9,22 +9,41 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import product
-from typing import Protocol
+from functools import partial
+from itertools import groupby, product
+from typing import Any, NamedTuple, Protocol
 
 import dask
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
+from dask.base import compute
 from dask.system import CPU_COUNT
 
-Planes = npt.NDArray[np.uint16]
-"""(band + 2, y, x): the image, then the labels, then the parts of the split."""
+Pixels = npt.NDArray[Any]
+
+
+class Planes(NamedTuple):
+    """What there is of a window.
+
+    Parameters
+    ----------
+    image
+        (band, y, x) uint16 DN; a pixel without data in any band is 0 in all of them.
+    labels
+        (y, x) uint8 legend codes, also where the image has no data.
+    parts
+        (y, x) uint8 codes of the parts of the split.
+    """
+
+    image: npt.NDArray[np.uint16]
+    labels: npt.NDArray[np.uint8]
+    parts: npt.NDArray[np.uint8]
 
 
 class Place(Protocol):
@@ -72,47 +91,47 @@ def starts(length: int, size: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
+def dates_together(places: Sequence[Place]) -> list[list[int]]:
+    """Group the indices of neighbours that share one array of labels and of the split, as the dates of an area do."""
+    shared = groupby(range(len(places)), key=lambda i: (id(places[i].labels), id(places[i].split)))
+    return [list(group) for _, group in shared]
+
+
 def cut(
-    place: Place, sizes: Sequence[tuple[int, int]], nodata: int
-) -> Generator[list[tuple[Window, Planes]], None, None]:
+    dates: Sequence[Place], sizes: Sequence[tuple[int, int]]
+) -> Generator[list[tuple[int, Window, Planes]], None, None]:
     """Visit the blocks of an area and hand out the windows that each completes.
 
     Parameters
     ----------
-    place
-        Scene, labels and split on one grid, lazy or not.
+    dates
+        Scenes on one grid, lazy or not; all have the labels and the split of the first.
     sizes
         (window, stride) in pixels.
-    nodata
-        The labels' code for "no data".
 
     Yields
     ------
-    list of (Window, ndarray)
-        One list per block, in row-major order, maybe empty. The planes are a view, good until the next block: (band +
-        2, y, x) uint16, cropped where the window reaches beyond the area. A pixel without data in any band is 0 in
-        all of them, and unlabelled.
+    list of (int, Window, Planes)
+        One list per block, in row-major order, maybe empty; the number is the index of the date. The planes are views,
+        good until the next block, cropped where the window reaches beyond the area.
     """
-    planes = _planes(place, nodata)
-    depth, _, width = planes.shape
-    rows, cols = (_Axis(chunks, sizes) for chunks in planes.chunks[1:])
-    strip = np.empty((depth, 0, width), np.uint16)
-    with closing(_computed_ahead(planes)) as blocks:
-        for r in range(len(rows)):
-            below = np.empty((depth, rows.stop(r) - rows.kept(r), width), np.uint16)
-            tail = np.empty((depth, rows.stop(r) - rows.base(r), 0), np.uint16)
-            for c in range(len(cols)):
-                across = slice(cols.start(c), cols.stop(c))
-                column = _joined(strip[..., across], next(blocks), axis=1)
-                below[..., across] = column[:, rows.kept(r) - rows.base(r) :]
-                canvas = _joined(tail, column, axis=2)
-                yield [
-                    (Window(row, col, size), _view(canvas, row - rows.base(r), col - cols.base(c), size))
-                    for size, _ in sizes
-                    for row, col in product(rows.completed(r, size), cols.completed(c, size))
-                ]
-                tail = canvas[..., cols.kept(c) - cols.base(c) :]
-            strip = below
+    labels, split, *images = _lazy_planes(dates)
+    rows, cols = (_Axis(chunks, sizes) for chunks in labels.chunks)
+    carried = [_Carried(rows, cols, array) for array in (labels, split, *images)]
+    with closing(_computed_ahead([(labels, split, images[0]), *((image,) for image in images[1:])])) as blocks:
+        for r, c in np.ndindex(labels.numblocks):
+            codes, parts, *seen = (plane.joined(r, c, next(blocks)) for plane in carried)
+            windows = [
+                Window(row, col, size)
+                for size, _ in sizes
+                for row, col in product(rows.completed(r, size), cols.completed(c, size))
+            ]
+            origin = rows.base(r), cols.base(c)
+            yield [
+                (date, window, Planes(*(_view(array, window, origin) for array in (image, codes, parts))))
+                for date, image in enumerate(seen)
+                for window in windows
+            ]
 
 
 def blocks_of(place: Place) -> int:
@@ -158,59 +177,78 @@ class _Axis:
         return self._kept[block - 1] if block else 0
 
 
-def _joined(kept: Planes, new: Planes, axis: int) -> Planes:
+class _Carried:
+    """One array on its way past: joins each block with what windows to come still need of the blocks before it."""
+
+    def __init__(self, rows: _Axis, cols: _Axis, array: da.Array) -> None:
+        self._rows, self._cols = rows, cols
+        self._empty = partial(np.empty, dtype=array.dtype)
+        self._lead, self._width = array.shape[:-2], array.shape[-1]
+        self._above = self._empty((*self._lead, 0, self._width))
+
+    def joined(self, r: int, c: int, block: Pixels) -> Pixels:
+        """(..., y, x) pixels from the bases of row ``r`` and column ``c`` on; blocks come in row-major order."""
+        rows, cols = self._rows, self._cols
+        if c == 0:
+            self._left = self._empty((*self._lead, rows.stop(r) - rows.base(r), 0))
+            self._below = self._empty((*self._lead, rows.stop(r) - rows.kept(r), self._width))
+        across = slice(cols.start(c), cols.stop(c))
+        column = _joined(self._above[..., across], block, axis=-2)
+        self._below[..., across] = column[..., rows.kept(r) - rows.base(r) :, :]
+        canvas = _joined(self._left, column, axis=-1)
+        self._left = canvas[..., cols.kept(c) - cols.base(c) :]
+        if c == len(cols) - 1:
+            self._above = self._below
+        return canvas
+
+
+def _joined(kept: Pixels, new: Pixels, axis: int) -> Pixels:
     """Put what was kept before what is new; where windows do not overlap nothing is kept, and nothing is copied."""
     return np.concatenate([kept, new], axis=axis) if kept.shape[axis] else new
 
 
-def _view(canvas: Planes, row: int, col: int, size: int) -> Planes:
-    return canvas[:, row : row + size, col : col + size]
+def _view(array: Pixels, window: Window, origin: tuple[int, int]) -> Pixels:
+    row, col = window.row - origin[0], window.col - origin[1]
+    return array[..., row : row + window.size, col : col + window.size]
 
 
-def _planes(place: Place, nodata: int) -> da.Array:
-    """(band + 2, y, x) uint16, lazy, cut like the scene."""
-    scene = place.scene.transpose("band", "y", "x")
-    image = da.asarray(scene.data).rechunk({0: -1})
-    labels, split = (
-        da.asarray(plane.transpose("y", "x").data).rechunk(image.chunks[1:])[None]
-        for plane in (place.labels, place.split)
-    )
-    return da.map_blocks(
-        _planes_block,
-        image,
-        labels,
-        split,
-        nodata=nodata,
-        dtype=np.uint16,
-        chunks=((image.shape[0] + 2,), *image.chunks[1:]),
-        meta=np.empty((0, 0, 0), np.uint16),
-    )
+def _lazy_planes(dates: Sequence[Place]) -> list[da.Array]:
+    """Labels, split (y, x), and the images (band, y, x), lazy and cut alike."""
+    images = [da.asarray(place.scene.transpose("band", "y", "x").data) for place in dates]
+    chunks = images[0].chunks[1:]
+    planes = [da.asarray(plane.transpose("y", "x").data).rechunk(chunks) for plane in (dates[0].labels, dates[0].split)]
+    return planes + [
+        da.map_blocks(_with_whole_pixels, image.rechunk((-1, *chunks)), meta=np.empty((0, 0, 0), np.uint16))
+        for image in images
+    ]
 
 
-def _planes_block(
-    image: npt.NDArray[np.uint16], labels: npt.NDArray[np.uint8], split: npt.NDArray[np.uint8], nodata: int
-) -> Planes:
-    planes = np.empty((len(image) + 2, *image.shape[1:]), np.uint16)
-    planes[:-2], planes[-2], planes[-1] = image, labels[0], split[0]
-    missing = (image == 0).any(axis=0)
-    if missing.any():
-        planes[:-2, missing] = 0
-        planes[-2, missing] = nodata
-    return planes
+def _with_whole_pixels(image: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Take all bands away where one has no data."""
+    present = image.min(axis=0) > 0
+    return image if present.all() else np.where(present, image, np.uint16(0))
 
 
-def _computed_ahead(planes: da.Array) -> Generator[Planes, None, None]:
-    """Compute the blocks in row-major order, as many at a time as there are workers."""
+def _computed_ahead(jobs: Sequence[tuple[da.Array, ...]]) -> Generator[Pixels, None, None]:
+    """Compute the arrays of every job at every place, in row-major order, as many jobs at a time as there are workers.
+
+    A block is computed by one thread, since several are computed at once.
+    """
     workers = dask.config.get("num_workers", None) or CPU_COUNT
-    pending: deque[Future[Planes]] = deque()
+    pending: deque[Future[tuple[Pixels, ...]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="blocks") as pool:
         try:
-            for place in np.ndindex(planes.numblocks):
-                pending.append(pool.submit(planes.blocks[place].compute))
+            for job in _at_every_place(jobs):
+                pending.append(pool.submit(compute, *job, scheduler="synchronous"))
                 if len(pending) > workers:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _at_every_place(jobs: Sequence[tuple[da.Array, ...]]) -> Iterator[list[da.Array]]:
+    for r, c in np.ndindex(jobs[0][0].numblocks):
+        yield from ([array.blocks[..., r, c] for array in job] for job in jobs)

@@ -108,7 +108,9 @@ def _open_area(area: AreaConfig, config: TrainConfig) -> list[Region]:
         for date in area.datetime
     ]
     geobox = geobox_for(aoi, config.resolution, [item for items in found for item in items], config.crs)
-    chunks = _chunks(geobox, max(len(items) for items in found), len(config.bands) + 1)
+    # the scenes of one date are at hand together, and then, composed, all dates
+    dates = max(len(found), *(len(items) for items in found))
+    chunks = _chunks(geobox, dates, len(config.bands) + 1)
     labels = read_labels(source, geobox, config.legend, chunks=chunks, remap=area.labels.remap)
     split = _split(area, labels, config)
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -134,13 +135,19 @@ def _count_chunk(
     labels: npt.NDArray[np.uint8], row: int, col: int, block: int, classes: tuple[int, ...]
 ) -> tuple[int, int, npt.NDArray[np.int64]]:
     """Blocks that a chunk at (row, col) touches: the first one's place, and (row, column, class) counts."""
-    channel = np.full(256, len(classes), np.int64)
-    channel[list(classes)] = np.arange(len(classes))
-    by, bx = ((np.arange(n) + start) // block for n, start in zip(labels.shape, (row, col), strict=True))
-    shape = (int(by[-1] - by[0] + 1), int(bx[-1] - bx[0] + 1), len(classes) + 1)
-    cells = (by - by[0])[:, None] * shape[1] + (bx - bx[0])
-    counts = np.bincount((cells * shape[2] + channel[labels]).ravel(), minlength=int(np.prod(shape)))
-    return int(by[0]), int(bx[0]), counts.reshape(shape)[..., :-1]
+    by, bx = (_pieces(start, n, block) for n, start in zip(labels.shape, (row, col), strict=True))
+    counts = [[_histogram(labels[y, x])[list(classes)] for x in bx] for y in by]
+    return row // block, col // block, np.array(counts)
+
+
+def _pieces(start: int, length: int, block: int) -> list[slice]:
+    """Parts of [start, start + length) that lie in one block each, as slices from the start on."""
+    edges = [start, *range((start // block + 1) * block, start + length, block), start + length]
+    return [slice(a - start, b - start) for a, b in pairwise(edges)]
+
+
+def _histogram(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    return np.bincount(values.ravel(), minlength=256)
 
 
 def assign(counts: npt.NDArray[np.int64], spec: SplitSpec) -> Parts:
@@ -416,5 +423,8 @@ def _count_parts(region: Place) -> npt.NDArray[np.int64]:
 
 
 def _count_parts_chunk(split: Parts, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    bins = split.astype(np.intp) * 256 + labels
-    return np.bincount(bins.ravel(), minlength=(len(PARTS) + 1) * 256).reshape(-1, 256)
+    lowest, highest = int(split.min()), int(split.max())
+    counts = np.zeros((len(PARTS) + 1, 256), np.int64)
+    for part in range(lowest, highest + 1):
+        counts[part] = _histogram(labels if lowest == highest else labels[split == part])
+    return counts

@@ -133,19 +133,59 @@ def test_dates_and_areas_are_kept_apart(store_of):
 
 
 def test_stores_reopen_alike(store_of, monkeypatch):
+    monkeypatch.setattr("s2seg.training.chips._CHUNK_BYTES", 2**17)  # several chunks, the last not full
     area = make_area((200, 200), split=np.random.default_rng(1).integers(0, 4, (200, 200)).astype(np.uint8))
     chips = store_of(area)
     some = [300, 2, 2, 117]
     images, labels = chips.images(some), chips.labels(slice(3, 9))
     again = pickle.loads(pickle.dumps(open_chips(chips.path, "one")))
-    monkeypatch.setattr("s2seg.training.chips._IN_MEMORY", 0)  # and from disk, chip by chip
-    lazy = open_chips(chips.path)
-    for other in (again, lazy):
-        np.testing.assert_array_equal(other.images(some), images)
-        np.testing.assert_array_equal(other.labels(slice(3, 9)), labels)
-    assert lazy.images([]).shape == (0, 2, 32, 32)
+    np.testing.assert_array_equal(again.images(some), images)
+    np.testing.assert_array_equal(again.labels(slice(3, 9)), labels)
+    assert again.images([]).shape == (0, 2, 32, 32)
     assert (again.spec, again.legend, again.bands, again.items) == (chips.spec, chips.legend, BANDS, ("item",))
     assert repr(chips).endswith("2 bands, 32 px)")
+
+
+def test_zarr_reads_the_store_as_we_do(store_of, monkeypatch):
+    monkeypatch.setattr("s2seg.training.chips._CHUNK_BYTES", 2**17)
+    split = np.random.default_rng(1).integers(0, 4, (200, 200)).astype(np.uint8)
+    june, july = make_area((200, 200), split=split, date="2021-06"), make_area((200, 200), date="2021-07")
+    chips = store_of(june, july, dataclasses.replace(june, date="2021-08"))
+    group = zarr.open_group(str(chips.path), mode="r")
+    assert group["image"].nchunks > 10
+    assert len(chips) % group["image"].chunks[0]
+    place = [group[name][:] for name in ("part", "origin", "size")]
+    order = np.lexsort((place[0], place[1][:, 2], place[1][:, 1], place[2], place[1][:, 0]))
+    np.testing.assert_array_equal(chips.images(slice(None)), group["image"][:][order])
+    np.testing.assert_array_equal(chips.labels(slice(None)), group["label"][:][order])
+
+
+def test_a_lost_or_short_file_is_one_line(store_of):
+    chips = store_of(make_area())
+    file = chips.path / "image" / "c" / "0" / "0" / "0" / "0"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"chips are missing from .*; make the store anew with --overwrite"):
+        chips.images(0)
+    file.unlink()
+    with pytest.raises(InputError, match="chips are missing from"):
+        open_chips(chips.path).images(0)
+
+
+def test_dates_of_an_area_share_one_reading_of_its_labels(store_of):
+    reads: Counter = Counter()
+
+    def load(block_id=None):
+        reads[block_id] += 1
+        return np.ones((50, 50), np.uint8)
+
+    labels = da.map_blocks(load, chunks=((50, 50), (50, 50)), dtype=np.uint8, meta=np.empty((0, 0), np.uint8))
+    june = dataclasses.replace(make_area((100, 100), 50), labels=xr.DataArray(labels, dims=("y", "x")))
+    july = dataclasses.replace(june, date="2021-07", scene=june.scene + np.uint16(7))
+    chips = store_of(june, july)
+    assert set(reads.values()) == {1}
+    first, second = (chips.images(np.flatnonzero(chips.date == date)) for date in (june.date, july.date))
+    assert len(first) == 36
+    np.testing.assert_array_equal(first + 7, second)
 
 
 def test_the_same_input_gives_the_same_bytes(store_of):
@@ -178,7 +218,7 @@ def test_each_block_is_computed_once_and_memory_does_not_grow_with_the_area(lege
     def peak(blocks):
         loads.clear()
         tracemalloc.start()
-        windows = sum(len(block) for block in cut(area(blocks), [(64, 32), (300, 150)], legend.nodata))
+        windows = sum(len(block) for block in cut([area(blocks)], [(64, 32), (300, 150)]))
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert set(loads.values()) == {1}
@@ -225,7 +265,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(store_of, tmp_path, monkeypa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", full)
+    monkeypatch.setattr("s2seg.training.chips._Pixels.write", full)
     with pytest.raises(OutputError, match="No space left on device; free some space"):
         store_of(make_area((300, 300)))
     assert list(tmp_path.iterdir()) == []
