@@ -1,7 +1,7 @@
 """The chip store: samples for training as a Zarr group, written once, read fast.
 
 Pixels are stored as they are. Compression saves a third of the bytes of real scenes, and decoding costs more than it
-saves when chips come in random order: whole chunks of chips are mapped into memory, and a chip is one copy.
+saves when chips come in random order: whole shards are mapped into memory, and a chip is one copy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -32,8 +33,9 @@ Keep = Callable[[Images, Labels], bool]
 Progress = Callable[[int, int], None]
 
 _FORMAT = 2
-_CHUNK_BYTES = 16 * 2**20  # what a writer holds at once, and one file
+_SHARD_BYTES = 16 * 2**20  # what a writer holds at once, and one file
 _MAPPED = 512  # files that a process keeps open
+_NO_CHIP = 2**64 - 1  # what Zarr's index of a shard says of a chunk that is not there
 _TABLES = {"origin": np.int32, "size": np.int32, "part": np.uint8, "histogram": np.int64}
 
 
@@ -436,13 +438,13 @@ class _Batch:
 
 
 class _Writer:
-    """Gathers chips into whole chunks of the arrays and stores each while the next one is gathered."""
+    """Gathers chips into whole shards and stores each while the next one is gathered."""
 
     def __init__(self, partial: Path, path: Path, bands: int, size: int, legend: Legend) -> None:
         self.path, self.count, self.has_train = path, 0, False
         self._codes = list(legend.codes)
-        self._per_chunk = max(1, min(256, _CHUNK_BYTES // (bands * size * size * 2)))
-        self._empty = functools.partial(_Batch.empty, self._per_chunk, bands, size)
+        self._per_shard = max(1, min(256, _SHARD_BYTES // (bands * size * size * 2)))
+        self._empty = functools.partial(_Batch.empty, self._per_shard, bands, size)
         self._batch = self._empty()
         self._tables: dict[str, list[Any]] = {name: [] for name in _TABLES}
         self._sums = _Sums(bands)
@@ -458,7 +460,8 @@ class _Writer:
             name,
             shape=(0, *shape),
             dtype=dtype,
-            chunks=(self._per_chunk, *shape),
+            chunks=(1, *shape),
+            shards=(self._per_shard, *shape),
             compressors=None,
             filters=None,
             fill_value=fill,
@@ -472,11 +475,11 @@ class _Writer:
         self._tables["histogram"].append(chip.histogram[self._codes])
         self.count += 1
         self.has_train |= chip.part == 1
-        if self._batch.count == self._per_chunk:
+        if self._batch.count == self._per_shard:
             self._flush()
 
     def _flush(self) -> None:
-        number = (self.count - 1) // self._per_chunk
+        number = (self.count - 1) // self._per_shard
         self._pending.append(self._pool.submit(self._store, self._batch, number))
         # one is stored, one waits; memory that was used before costs the kernel nothing to give
         self._batch = self._pending.popleft().result() if len(self._pending) > 2 else self._empty()
@@ -485,8 +488,8 @@ class _Writer:
         """Store a batch and return it, empty."""
         self._sums.add(batch.images[i] for i in batch.train)
         with writing(self.path):
-            self._image.write(number, batch.images, batch.count)
-            self._label.write(number, batch.labels, batch.count)
+            self._image.write(number, batch.images[: batch.count])
+            self._label.write(number, batch.labels[: batch.count])
         return replace(batch, train=[], count=0)
 
     def finish(self, about: dict[str, Any]) -> None:
@@ -544,41 +547,51 @@ def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
 
 
 class _Pixels:
-    """An array of the store without the ways of Zarr: its chunks are files that hold pixels and nothing else.
+    """An array of the store without the ways of Zarr, which copies what it writes and opens a file for every chip.
 
-    Zarr would read a whole chunk where one chip is wanted, and copy what it writes.
+    A shard is a file: its chips one after the other, then where each begins and how long it is (Zarr v3,
+    ``sharding_indexed``), and a checksum of that.
     """
 
     def __init__(self, store: Path, array: zarr.Array[Any]) -> None:
         self.array = array
         self._folder, self._dtype = store / array.path, array.dtype.newbyteorder("<")
+        self._per_shard: int = (array.shards or array.chunks)[0]
         self._mapped = functools.lru_cache(_MAPPED)(self._map)
 
     def read(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Copy chips, (n, ...), into memory of their own."""
         chips = np.empty((len(slots), *self.array.shape[1:]), self.array.dtype)
         for i, slot in enumerate(slots.tolist()):
-            number, at = divmod(slot, self.array.chunks[0])
+            number, at = divmod(slot, self._per_shard)
             chips[i] = self._mapped(number)[at]
         return chips
 
-    def write(self, number: int, chips: npt.NDArray[Any], count: int) -> None:
-        """Store the first chips of a chunk as that chunk; the rest becomes fill."""
-        chips[count:] = self.array.fill_value
+    def write(self, number: int, chips: npt.NDArray[Any]) -> None:
+        """Store chips as a shard; only the last one may have fewer than the others."""
+        pixels = chips.astype(self._dtype, copy=False)
         file = self._file(number)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb", buffering=0) as out:
-            rest = chips.astype(self._dtype, copy=False).reshape(-1).view(np.uint8).data
-            while rest:  # a system call writes as much as it likes
-                rest = rest[out.write(rest) :]
+            for part in (pixels.reshape(-1).view(np.uint8).data, memoryview(self._index(pixels))):
+                rest = part
+                while rest:  # a system call writes as much as it likes
+                    rest = rest[out.write(rest) :]
+
+    def _index(self, chips: npt.NDArray[Any]) -> bytes:
+        index = np.full((self._per_shard, 2), _NO_CHIP, "<u8")
+        index[: len(chips), 0] = np.arange(len(chips)) * chips[0].nbytes
+        index[: len(chips), 1] = chips[0].nbytes
+        return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
 
     def _file(self, number: int) -> Path:
         return self._folder / self.array.metadata.encode_chunk_key((number, *(0 for _ in self.array.shape[1:])))
 
     def _map(self, number: int) -> npt.NDArray[Any]:
         file = self._file(number)
+        count = min(self._per_shard, self.array.shape[0] - number * self._per_shard)
         try:
-            return np.memmap(file, self._dtype, mode="r", shape=self.array.chunks)
+            return np.memmap(file, self._dtype, mode="r", shape=(count, *self.array.shape[1:]))
         except (OSError, ValueError) as error:  # it is not there, or too short
             raise InputError(f"chips are missing from {file}; make the store anew with --overwrite") from error
 
