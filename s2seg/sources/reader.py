@@ -45,7 +45,7 @@ GDAL_ENV: dict[str, Any] = {
     # an open is one request: in blocks of 256 px a full tile's header is 20 KB, more than the 16 KiB read by default
     "GDAL_INGESTED_BYTES_AT_OPEN": 32768,
     # decoded blocks kept for the neighbouring chunk; GDAL's own default, 5 % of all memory, grows with the machine
-    "GDAL_CACHEMAX": 256 * 2**20,
+    "GDAL_CACHEMAX": 128 * 2**20,
 }
 """GDAL settings for reading: bounded memory, retries on throttling, no directory listings.
 

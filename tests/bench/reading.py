@@ -29,6 +29,7 @@ from rasterio.windows import Window
 from rich.console import Console
 from rich.table import Table
 
+from s2seg.sources.reader import GDAL_ENV
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
 from tests.bench.fixtures import BANDS, BLOCK, DATES, WORLD, grid_of, scene
@@ -108,7 +109,7 @@ def plain_windows(hrefs: list[str], grid: GeoBox) -> None:
                 band[:] = dataset.read(1, window=at).repeat(factor, 0).repeat(factor, 1)[:height, :width]
 
     with (
-        rasterio.Env(GDAL_CACHEMAX=256 * 2**20, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+        rasterio.Env(GDAL_CACHEMAX=GDAL_ENV["GDAL_CACHEMAX"], GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
         ThreadPoolExecutor(THREADS) as pool,
     ):
         steps = [(r, c) for r in range(0, grid.shape[0], BLOCK) for c in range(0, grid.shape[1], BLOCK)]
