@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dask
 from shapely.geometry.base import BaseGeometry
 
 from s2seg.errors import OutputError, S2SegError, S2SegWarning
@@ -113,7 +114,7 @@ def map_area(
             offsets = decide_offsets(plan.items, check=options.check_offsets)
         scene = build_scene(plan, offsets)
         prediction = build_prediction(plan, scene)
-        with _staging(folder) as staged:
+        with _staging(folder) as staged, dask.config.set(num_workers=plan.threads):
             with clock("map"):
                 write_zarr(
                     prediction, staged / "land_cover.zarr", tile=plan.tile,

@@ -35,7 +35,8 @@ _OPEN_PER_THREAD = 64
 _ALIGNED = 1e-3
 """Two grids count as aligned when they differ by less than this share of a pixel."""
 
-_REMOTE = ("http://", "https://", "s3://", "gs://", "az://", "/vsi")
+REMOTE = ("http://", "https://", "s3://", "gs://", "az://", "/vsi")
+"""How the hrefs of assets begin that lie elsewhere."""
 
 GDAL_ENV: dict[str, Any] = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -45,7 +46,7 @@ GDAL_ENV: dict[str, Any] = {
     # an open is one request: in blocks of 256 px a full tile's header is 20 KB, more than the 16 KiB read by default
     "GDAL_INGESTED_BYTES_AT_OPEN": 32768,
     # decoded blocks kept for the neighbouring chunk; GDAL's own default, 5 % of all memory, grows with the machine
-    "GDAL_CACHEMAX": 256 * 2**20,
+    "GDAL_CACHEMAX": 128 * 2**20,
 }
 """GDAL settings for reading: bounded memory, retries on throttling, no directory listings.
 
@@ -161,7 +162,7 @@ def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> 
     """
     # a signed URL expires: the href is signed again with every attempt
     sign = load_signer(ref.sign) if ref.sign else None
-    remote = ref.href.startswith(_REMOTE)
+    remote = ref.href.startswith(REMOTE)
     for attempt in range(1, ATTEMPTS + 1):
         # GDAL remembers a failed open; a new attempt must not be answered from that memory
         fresh = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/"} if attempt > 1 else {}
