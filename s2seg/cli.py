@@ -113,13 +113,17 @@ def map_command(
         typer.Option(help="Compare the catalog's word on the radiometric offset with the pixels, where it can err."),
     ] = True,
     runtime: Annotated[str, typer.Option(help="torch, openvino, onnxruntime or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, tensorrt (onnxruntime) or auto.")] = "auto",
     precision: Annotated[
-        str, typer.Option(help="float32, also for auto, or bfloat16: about three times as fast on a CPU with AMX.")
+        str,
+        typer.Option(
+            help="float32 for the same map on every machine; bfloat16, about three times as fast on a CPU with AMX; "
+            "float16 (torch on a GPU); auto takes bfloat16 with OpenVINO and on a GPU where the processor has it."
+        ),
     ] = "auto",
     core: Annotated[
         int | None,
-        typer.Option(help="Pixels on a side of a block: memory grows with its square [default: about 2 GiB]."),
+        typer.Option(help="Pixels on a side of a block: memory grows with its square [default: near 2 GiB in all]."),
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler, tcp://host:8786.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Start this many local worker processes instead of threads.")] = 0,

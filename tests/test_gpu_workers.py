@@ -8,11 +8,13 @@ from collections import Counter
 import dask
 import numpy as np
 import pytest
-from distributed import Client, Scheduler, SpecCluster, Worker, get_worker
+from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, get_worker
 
 from s2seg.inference import predict
 from s2seg.models.runtimes import onnxrt, open_session
 from s2seg.outputs.zarr import read_land_cover, write_zarr
+from s2seg.pipeline import run
+from s2seg.testing import SyntheticRegion
 from s2seg.windows import ChunkSpec
 from tests.test_inference import make_scene
 from tests.tiny import tiny_onnx
@@ -52,6 +54,19 @@ def test_only_workers_with_a_gpu_run_the_network(
     np.testing.assert_array_equal(read_land_cover(tmp_path / "map.zarr").land_cover, expected.land_cover)
     assert set(ran["network"]) == networks_run_on
     assert set(ran["read"]) == {"gpu", "io"}
+
+
+def test_a_map_on_a_cluster_opens_the_network_on_a_worker(
+    synthetic: SyntheticRegion, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_by = []
+    choose = run.choose_session
+    monkeypatch.setattr(run, "choose_session", lambda *choice: opened_by.append(get_worker().name) or choose(*choice))
+    model = tiny_onnx(tmp_path / "m")
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster, Client(cluster):
+        record = run.map_area(synthetic.catalog, synthetic.bbox, "2021", model, tmp_path / "out").record
+    assert opened_by == [0]
+    assert record["model"]["session"] == "onnxruntime cpu float32"
 
 
 @pytest.mark.parametrize("parallel", [1, 2])

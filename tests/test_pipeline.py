@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import dask
 import numpy as np
 import pystac
 import pytest
@@ -11,6 +12,7 @@ import rasterio
 import rioxarray  # noqa: F401  registers the .rio accessor
 import shapely
 import xarray as xr
+from dask.system import CPU_COUNT
 from rasterio.features import geometry_mask
 from rio_cogeo import cog_validate
 
@@ -171,7 +173,7 @@ def test_tiles_leave_no_trace(
     xr.testing.assert_identical(tiled.compute(), whole)
     # beside a tile's edge only the context is cut off and read twice, not a whole block
     edge, context = plan.tile[1], plan.chunks.before
-    assert {edge, edge + context, edge + 2 * context} <= set(np.cumsum(scene.chunks[-1]).tolist())
+    assert {edge, edge + 2 * context} <= set(np.cumsum(scene.chunks[-1]).tolist())
 
 
 def test_seasons_become_bands(synthetic: SyntheticRegion, tmp_path: Path) -> None:
@@ -192,12 +194,32 @@ def test_seasons_become_bands(synthetic: SyntheticRegion, tmp_path: Path) -> Non
         build_scene(plan_area(synthetic.catalog, synthetic.bbox, synthetic.dates[1], seasonal))
 
 
-def test_many_dates_make_smaller_blocks(
+def test_reads_follow_the_blocks_of_the_files_and_shrink_with_many_dates(
     synthetic: SyntheticRegion, model: ModelBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("s2seg.pipeline.plan._CHUNK_BYTES", 6 * 5 * 2 * 512 * 512)
-    plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, model, MapOptions(core=2048))
-    assert max(plan.chunks.core) <= 512
+    monkeypatch.setattr("s2seg.pipeline.plan._READ_SIDE", 128)
+    plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, model)
+    corners = {tuple(item.assets["red"].extra_fields["proj:transform"][2::3]) for item in plan.items}
+    for axis, chunks in enumerate(build_scene(plan).chunks[-2:]):
+        assert chunks[1:-1] == (128,) * (len(chunks) - 2)
+        at = (plan.padded.affine @ (chunks[0], chunks[0]))[1 - axis]
+        assert any((at - corner[1 - axis]) % 1280 == 0 for corner in corners)
+    assert plan.read_side == 128
+    monkeypatch.setattr("s2seg.pipeline.plan._READ_SIDE", 1024)
+    monkeypatch.setattr("s2seg.pipeline.plan._CHUNK_BYTES", len(plan.items) * 5 * 2 * 512 * 512)
+    assert plan.read_side == 512
+
+
+def test_more_threads_read_from_afar(synthetic: SyntheticRegion, model: ModelBundle) -> None:
+    plan = plan_area(synthetic.catalog, synthetic.bbox, DATES, model)
+    item = plan.items[0].full_copy()
+    item.assets["red"].href = "https://example.com/red.tif"
+    far = replace(plan, items=(item,))
+    with dask.config.set(num_workers=None):
+        assert plan.threads == CPU_COUNT
+        assert far.threads == max(CPU_COUNT, 8)
+    with dask.config.set(num_workers=3):
+        assert far.threads == 3
 
 
 def test_the_plan_knows_what_a_runtime_takes(synthetic: SyntheticRegion, model: ModelBundle) -> None:

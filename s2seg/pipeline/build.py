@@ -13,6 +13,7 @@ from s2seg.pipeline.plan import Plan, scene_spec
 from s2seg.sources.clip import inside, needs_clip
 from s2seg.sources.radiometry import Offset, decide_offsets
 from s2seg.sources.scene import compose
+from s2seg.sources.stack import aligned_chunks
 
 
 def build_scene(plan: Plan, offsets: Mapping[str, Offset] | None = None) -> xr.DataArray:
@@ -81,14 +82,14 @@ def _tiles(size: int, tile: int) -> list[slice]:
 
 
 def _reads(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Chunks of the padded grid: the blocks, cut once more where the context of a neighbouring tile begins or ends.
+    """Chunks of the padded grid: those of the files, cut once more where the context of a tile begins or ends.
 
-    A tile then reads no more of its neighbour than the context that it needs.
+    No block of a file is then fetched for two chunks of a tile, and a tile reads no more of its neighbour than the
+    context that it needs.
     """
-    shape = plan.geobox.shape.yx
-    chunks = []
-    for axis, blocks in enumerate(plan.chunks.chunks(shape)):
-        edges = set(np.cumsum([0, *blocks]).tolist())
+    shape, chunks = plan.geobox.shape.yx, []
+    for axis, aligned in enumerate(aligned_chunks(plan.items, plan.padded, plan.read_side)):
+        edges = set(np.cumsum([0, *aligned]).tolist())
         for part in _tiles(shape[axis], plan.tile[axis]):
             length = part.stop - part.start
             edges |= {part.start, part.stop + sum(plan.chunks.padding((length, length))[axis])}

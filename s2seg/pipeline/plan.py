@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import dask
 import pystac
 from affine import Affine
+from dask.system import CPU_COUNT
 from odc.geo.geobox import GeoBox
 from shapely.geometry.base import BaseGeometry
 
@@ -20,16 +21,21 @@ from s2seg.models.runtimes import expected_session
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.catalogs import Catalog
 from s2seg.sources.composite import CompositeSpec
-from s2seg.sources.reader import GDAL_ENV
+from s2seg.sources.reader import GDAL_ENV, REMOTE
 from s2seg.sources.scene import SceneSpec, bands_to_read, passes_of
 from s2seg.sources.search import coverage, search
 from s2seg.sources.stack import geobox_for
 from s2seg.windows import ChunkSpec, Margin, Shape
 
 _CHUNK_BYTES = 384 * 2**20
-"""What the dates and bands of one block may take, decoded."""
+"""What one thread reads at once may take, with all its dates and bands."""
 
-_THREADS = 2
+_READ_SIDE = 1024
+"""Pixels on a side of what is read at once, at most: a block of the files at 10 m."""
+
+_REMOTE_THREADS = 8
+"""Threads that read from afar: they wait more than they work."""
+
 _ROWS_WAITING = 3
 
 _LIBRARIES_BYTES = {"torch": 750 * 2**20}
@@ -65,8 +71,7 @@ class MapOptions:
     runtime, device, precision
         Where and how the network runs; see :func:`s2seg.models.open_session`.
     core
-        Output pixels on a side of a block, at most; by default what the network takes 1 GiB for. Smaller ones are
-        chosen if many dates would not fit in memory.
+        Output pixels on a side of a block, at most; by default what the network takes 1 GiB for.
     overwrite
         Replace an earlier result.
     """
@@ -156,6 +161,22 @@ class Plan:
         return max(1, _TILE[0] // height) * height, max(1, side_by_side) * width
 
     @property
+    def read_side(self) -> int:
+        """Pixels on a side of what one thread reads at once, of all dates."""
+        side, deep = _READ_SIDE, self.dates_per_block * len(self.bands) * 2
+        while side > 128 and side * side * deep > _CHUNK_BYTES:
+            side //= 2
+        return side
+
+    @property
+    def threads(self) -> int:
+        """Threads of one process: as many as dask is told to take, else one a core, and more to read from afar."""
+        if told := dask.config.get("num_workers", None):
+            return int(told)
+        remote = any(asset.href.startswith(REMOTE) for item in self.items for asset in item.assets.values())
+        return max(CPU_COUNT, _REMOTE_THREADS) if remote else CPU_COUNT
+
+    @property
     def _block_bytes(self) -> int:
         """A composited block, with its count of observations."""
         height, width = self.chunks.core
@@ -238,13 +259,13 @@ def plan_area(
     geobox = geobox_for(area, options.resolution, items, options.crs)
     passes = passes_of(items)
     bands = bands_to_read(items, scene_spec(bundle, options))
-    dates = max(passes) if options.dates_apart else len(items)
+    core = options.core or core_for(bundle, options.runtime, options.device, options.precision)
     return Plan(
         items=tuple(items),
         aoi=area,
         geobox=geobox,
         bands=bands,
-        chunks=chunks_for(bundle, _core(bundle, options, dates, len(bands)), geobox.shape.yx),
+        chunks=chunks_for(bundle, core, geobox.shape.yx),
         passes=passes,
         model=bundle,
         options=options,
@@ -256,13 +277,6 @@ def scene_spec(model: ModelBundle, options: MapOptions) -> SceneSpec:
     seasons = model.spec.seasons
     bands = tuple(dict.fromkeys(band.partition("@")[0] for band in model.spec.bands)) if seasons else model.spec.bands
     return SceneSpec(bands, options.composite, options.resampling, seasons)
-
-
-def _core(bundle: ModelBundle, options: MapOptions, dates: int, bands: int) -> int:
-    """Output pixels on a side of a block, at most: what the network and the dates of a block have memory for."""
-    core = options.core or core_for(bundle, options.runtime, options.device, options.precision)
-    fits = math.isqrt(_CHUNK_BYTES // (dates * bands * 2))
-    return min(core, max(fits, 8 * bundle.spec.stride))
 
 
 def _by(shape: Shape) -> str:
@@ -283,18 +297,15 @@ def _bytes(item: pystac.Item, band: str, plan: Plan) -> int:
 
 
 def _peak_memory(plan: Plan) -> int:
-    """Estimate the peak of one process running two threads, in bytes.
+    """Estimate the peak of one process, in bytes.
 
     What counts: the libraries and GDAL's cache; the network's own buffers, which grow with the window; the dates of
-    the blocks that are being read; and the composited blocks (with their count of observations) that wait for
+    what is being read; and the composited blocks (with their count of observations) that wait for
     their neighbours.
     """
-    height, width = plan.chunks.core
-    context = plan.chunks.before + plan.chunks.after
-    side = (height + context) * (width + context)
-    reading = _THREADS * plan.dates_per_block * len(plan.bands) * side * 2
-    reducing = _THREADS * plan.dates_per_block * side * 8
-    side_by_side = min(plan.blocks[1], plan.tile[1] // width)
+    at_once = plan.threads * plan.dates_per_block * plan.read_side**2
+    reading, reducing = at_once * len(plan.bands) * 2, at_once * 8
+    side_by_side = min(plan.blocks[1], plan.tile[1] // plan.chunks.core[1])
     waiting = _ROWS_WAITING * (side_by_side + 1) * plan._block_bytes
     choice = plan.options.runtime, plan.options.device, plan.options.precision
     network = network_bytes(plan.model, plan.chunks, *choice)

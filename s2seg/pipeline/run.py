@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dask
+from dask.base import get_scheduler
+from dask.delayed import delayed
 from shapely.geometry.base import BaseGeometry
 
 from s2seg.errors import OutputError, S2SegError, S2SegWarning
+from s2seg.inference import gpu_annotations
 from s2seg.legend import Legend
-from s2seg.models.bundle import ModelBundle
-from s2seg.models.runtimes import choose_session
+from s2seg.models.bundle import ModelBundle, load_model
+from s2seg.models.runtimes import SessionRef, choose_session
 from s2seg.outputs._files import check_writable, remove, writing
 from s2seg.outputs.zarr import write_zarr
 from s2seg.pipeline.build import build_prediction, build_scene
-from s2seg.pipeline.plan import MapOptions, plan_area
+from s2seg.pipeline.plan import MapOptions, Plan, plan_area
 from s2seg.pipeline.products import Product, describe_run, write_products
 from s2seg.sources.catalogs import Catalog, resolve_catalog
 from s2seg.sources.radiometry import decide_offsets
@@ -109,11 +113,11 @@ def map_area(
             plan = plan_area(catalog, aoi, datetime, model, options)
             report("search", 1, 1)
         with clock("prepare"):
-            session, why = choose_session(plan.model, options.runtime, options.device, options.precision)
+            session, why = _open_session(plan)
             offsets = decide_offsets(plan.items, check=options.check_offsets)
         scene = build_scene(plan, offsets)
         prediction = build_prediction(plan, scene)
-        with _staging(folder) as staged:
+        with _staging(folder) as staged, dask.config.set(num_workers=plan.threads):
             with clock("map"):
                 write_zarr(
                     prediction, staged / "land_cover.zarr", tile=plan.tile,
@@ -128,7 +132,7 @@ def map_area(
                 datetime,
                 offsets,
                 products,
-                {"session": session.name, "chosen": why},
+                {"session": session, "chosen": why},
                 notes,
                 clock.seconds,
             )
@@ -143,6 +147,22 @@ def map_area(
         run=folder / "run.json",
         record=record,
     )
+
+
+def _open_session(plan: Plan) -> tuple[str, str]:
+    """Open the network where it will run, on a cluster one of its workers; return its session's name and why it is."""
+    options = plan.options
+    session = SessionRef(plan.model.path, plan.model.sha256, options.runtime, options.device, options.precision)
+    if not hasattr(get_scheduler(), "__self__"):  # dask's local schedulers are functions, a cluster's is a client's
+        return _name_session(session)
+    with gpu_annotations(session):
+        name, why = delayed(_name_session)(session).compute(optimize_graph=False)
+    return name, why
+
+
+def _name_session(ref: SessionRef) -> tuple[str, str]:
+    session, why = choose_session(load_model(ref.path), ref.runtime, ref.device, ref.precision)
+    return session.name, why
 
 
 class _Clock:

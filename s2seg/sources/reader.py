@@ -35,7 +35,8 @@ _OPEN_PER_THREAD = 64
 _ALIGNED = 1e-3
 """Two grids count as aligned when they differ by less than this share of a pixel."""
 
-_REMOTE = ("http://", "https://", "s3://", "gs://", "az://", "/vsi")
+REMOTE = ("http://", "https://", "s3://", "gs://", "az://", "/vsi")
+"""How the hrefs of assets begin that lie elsewhere."""
 
 GDAL_ENV: dict[str, Any] = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -161,7 +162,7 @@ def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> 
     """
     # a signed URL expires: the href is signed again with every attempt
     sign = load_signer(ref.sign) if ref.sign else None
-    remote = ref.href.startswith(_REMOTE)
+    remote = ref.href.startswith(REMOTE)
     for attempt in range(1, ATTEMPTS + 1):
         # GDAL remembers a failed open; a new attempt must not be answered from that memory
         fresh = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/"} if attempt > 1 else {}

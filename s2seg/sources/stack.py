@@ -103,6 +103,44 @@ def stack(
     return _label(da.concatenate(arrays, axis=1), items, bands, geobox)
 
 
+def aligned_chunks(items: Sequence[pystac.Item], geobox: GeoBox, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cut a grid where the files of its items are cut, so that no block of a file is decoded for two chunks.
+
+    Parameters
+    ----------
+    items
+        Normalised items; the one with the most neighbours on its lattice counts. Files of Sentinel-2 are tiled from
+        their upper left corner, in blocks of a power of two.
+    geobox
+        The grid.
+    side
+        Pixels on a side of a chunk; a power of two holds whole blocks.
+
+    Returns
+    -------
+    tuple
+        Chunks along y and x; the first and the last may be smaller.
+    """
+    corners = Counter(_corner(item, geobox) for item in items)
+    (row, column), _ = corners.most_common(1)[0]
+    return _cut(geobox.shape.y, row % side, side), _cut(geobox.shape.x, column % side, side)
+
+
+def _corner(item: pystac.Item, geobox: GeoBox) -> tuple[int, int]:
+    """Row and column of an item's upper left corner on the grid; of the grid's own where they do not nest."""
+    for asset in item.assets.values():
+        place = asset.extra_fields.get("proj:transform")
+        if place and epsg(item) == epsg_of(geobox):
+            column, row = ~geobox.affine @ (place[2], place[5])
+            return round(row), round(column)
+    return 0, 0
+
+
+def _cut(size: int, first: int, side: int) -> tuple[int, ...]:
+    edges = np.unique([0, *range(first, size, side), size])
+    return tuple(np.diff(edges).tolist())
+
+
 def _pair(chunksize: Chunks | tuple[Chunks, Chunks]) -> tuple[Any, Any]:
     if isinstance(chunksize, int):
         return chunksize, chunksize
