@@ -8,7 +8,7 @@ from collections import Counter
 import dask
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, get_worker
+from distributed import Client, Scheduler, SpecCluster, Worker, get_worker
 
 from s2seg.inference import predict
 from s2seg.models.runtimes import onnxrt, open_session
@@ -27,6 +27,18 @@ def read(block: np.ndarray) -> np.ndarray:
     return block
 
 
+def _cluster(**resources: dict[str, int]) -> SpecCluster:
+    """Workers in this process, by name, with what they announce."""
+    here = {"host": "127.0.0.1"}
+    return SpecCluster(
+        workers={
+            name: {"cls": Worker, "options": here | {"nthreads": 2, "resources": announced}}
+            for name, announced in resources.items()
+        },
+        scheduler={"cls": Scheduler, "options": here | {"dashboard_address": ":0"}},
+    )
+
+
 @pytest.mark.parametrize(
     ("device", "networks_run_on"), [("auto", {"gpu"}), ("cpu", {"gpu", "io"})], ids=["bound to the GPU", "anywhere"]
 )
@@ -43,12 +55,7 @@ def test_only_workers_with_a_gpu_run_the_network(
         return classify(self, *arguments)
 
     monkeypatch.setattr(onnxrt.OnnxSession, "classify", noted)
-    workers = {
-        "io": {"cls": Worker, "options": {"nthreads": 2, "host": "127.0.0.1"}},
-        "gpu": {"cls": Worker, "options": {"nthreads": 2, "host": "127.0.0.1", "resources": {"GPU": 1}}},
-    }
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": ":0"}}
-    with SpecCluster(workers=workers, scheduler=scheduler) as cluster, Client(cluster):
+    with _cluster(io={}, gpu={"GPU": 1}) as cluster, Client(cluster):
         scene = scene.copy(data=scene.data.map_blocks(read, dtype=scene.dtype, meta=np.empty((0, 0, 0), scene.dtype)))
         write_zarr(predict(scene, model, chunks=spec, device=device), tmp_path / "map.zarr")
     np.testing.assert_array_equal(read_land_cover(tmp_path / "map.zarr").land_cover, expected.land_cover)
@@ -63,9 +70,9 @@ def test_a_map_on_a_cluster_opens_the_network_on_a_worker(
     choose = run.choose_session
     monkeypatch.setattr(run, "choose_session", lambda *choice: opened_by.append(get_worker().name) or choose(*choice))
     model = tiny_onnx(tmp_path / "m")
-    with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster, Client(cluster):
+    with _cluster(worker={}) as cluster, Client(cluster):
         record = run.map_area(synthetic.catalog, synthetic.bbox, "2021", model, tmp_path / "out").record
-    assert opened_by == [0]
+    assert opened_by == ["worker"]
     assert record["model"]["session"] == "onnxruntime cpu float32"
 
 
