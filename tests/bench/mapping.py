@@ -34,6 +34,8 @@ CLASS = frozenset({"class"})
 Way = tuple[str, str]
 """Runtime and precision."""
 
+WAYS: tuple[Way, ...] = (("auto", "auto"), ("auto", "float32"), ("torch", "float32"))
+
 
 def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
     """Run all measurements of ``map``; returns the figures."""
@@ -42,7 +44,7 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
     catalog = scene(folder, size)
     figures: dict[str, Any] = {
         "windows": windows(catalog, model, console, 512 if quick else 3072, 1 if quick else 2),
-        "end_to_end": [end_to_end(catalog, size, model, folder, repeats, p) for p in ("auto", "float32")],
+        "end_to_end": [end_to_end(catalog, size, model, folder, repeats, way) for way in WAYS],
     }
     show(figures["end_to_end"], console)
     return figures
@@ -54,11 +56,11 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
 def windows(catalog: Path, model: str, console: Console, size: int, repeats: int) -> list[dict[str, Any]]:
     """Agreement with the whole image, cost of the overlap, and what remains of the network's speed."""
     bundle = load_model(model)
-    default = chunks_for(bundle, core_for(bundle, precision="float32"))
+    default = chunks_for(bundle, core_for(bundle, precision="float32"), (size, size))
     whole, whole_peak = fresh(whole_image, catalog, model, size)
     console.print(f"whole image of {size} px at once: {gib(whole_peak)} GiB")
     rows = []
-    for step in sorted({512, 1024, 1536, 2048, default.core[0]}):
+    for step in sorted({512, 768, 1024, default.core[0]}):  # all of them cut the image into equal blocks
         for depth in (0, 32, 64, 96) if step == default.core[0] else (32, 64):
             if step > size:
                 continue
@@ -106,7 +108,7 @@ def _chunked(
 
 
 def chain(
-    catalog: Path, grid: GeoBox, model: ModelBundle, target: Path, spec: CompositeSpec, way: Way = ("auto", "auto")
+    catalog: Path, grid: GeoBox, model: ModelBundle, target: Path, spec: CompositeSpec, way: Way = WAYS[0]
 ) -> None:
     """From a catalog to ``target``.zarr and ``target``.tif with overviews: what ``map_area`` does, on a given grid."""
     items = search(catalog, WORLD, DATES)
@@ -119,15 +121,14 @@ def chain(
     write_cog(zarr, target.with_suffix(".tif"), legend=model.spec.legend, overwrite=True)
 
 
-def end_to_end(
-    catalog: Path, size: int, model: str, folder: Path, repeats: int, precision: str = "auto"
-) -> dict[str, Any]:
+def end_to_end(catalog: Path, size: int, model: str, folder: Path, repeats: int, way: Way = WAYS[0]) -> dict[str, Any]:
     """``map_area`` in a process of its own, then the network alone on the same pixels, in memory."""
-    options = MapOptions(composite=CompositeSpec(mask=()), precision=precision, overwrite=True)
+    runtime, precision = way
+    options = MapOptions(composite=CompositeSpec(mask=()), runtime=runtime, precision=precision, overwrite=True)
     plan = plan_area(catalog, inner_box(catalog), DATES, model, options)
     (stages, seconds, first), peak = fresh(_map, catalog, model, folder / "map", options, repeats)
     height, width = plan.geobox.shape
-    (session, bare), _ = fresh(_network_alone, catalog, model, precision, plan.chunks.window)
+    (session, bare), _ = fresh(_network_alone, catalog, model, way, plan.chunks.window)
     return {
         "size": size, "mpx": height * width / MEGA, "seconds": seconds, "first_seconds": first, "stages": stages,
         "peak_bytes": peak, "planned_bytes": plan.peak_memory, "session": session, "network_mpx_s": bare,
@@ -152,9 +153,9 @@ def _map(
     return stages, seconds, first
 
 
-def _network_alone(catalog: Path, model: str, precision: str, window: tuple[int, int]) -> tuple[str, list[float]]:
+def _network_alone(catalog: Path, model: str, way: Way, window: tuple[int, int]) -> tuple[str, list[float]]:
     """The session, and Mpx/s of windows of this shape laid side by side."""
-    session = open_session(load_model(model), precision=precision)
+    session = open_session(load_model(model), way[0], precision=way[1])
     pixels = piece(catalog, min(*window, *grid_of(catalog).shape)).values[None]
     missing = [(0, want - have) for want, have in zip(window, pixels.shape[2:], strict=True)]
     pixels = np.pad(pixels, [(0, 0), (0, 0), *missing], mode="symmetric")

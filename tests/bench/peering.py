@@ -22,7 +22,7 @@ from s2seg.models import ModelBundle, load_model
 from s2seg.models.runtimes import choose_session
 from s2seg.sources.composite import CompositeSpec
 from tests.bench.fixtures import BANDS, BLOCK, converted, fitted_network, grid_of, scene, stacked
-from tests.bench.mapping import Way, chain, whole_image
+from tests.bench.mapping import WAYS, Way, chain, whole_image
 from tests.bench.measuring import MEGA, fresh, gib, spread, timed
 
 PEERS = Path("build/venv-peers/bin/python")
@@ -39,7 +39,6 @@ class Peer:
     slow: bool = False
 
 
-WAYS: tuple[Way, ...] = (("auto", "auto"), ("auto", "float32"), ("torch", "float32"))
 OTHERS = {
     "geo-inference, patch 512": Peer("geo_inference_map", {"patch": 512}, slow=True),
     "geo-inference, patch 1024": Peer("geo_inference_map", {"patch": 1024}, slow=True),
