@@ -232,13 +232,21 @@ def _network(bundle: ModelBundle) -> torch.nn.Module:
     from s2seg.models.runtimes.pytorch import _load_weights
     from s2seg.models.unet import build_network
 
-    bands = len(bundle.spec.bands)
-    scaling = torch.nn.Conv2d(bands, bands, kernel_size=1, groups=bands)  # number * a + b, band by band
-    a, b = bundle.spec.affine()
-    with torch.no_grad():
-        scaling.weight.copy_(torch.from_numpy(a).reshape(-1, 1, 1, 1))
-        scaling.bias.copy_(torch.from_numpy(b))  # type: ignore[union-attr]
-    return torch.nn.Sequential(scaling, _load_weights(build_network(bundle.spec), bundle)).eval()
+    class Scale(torch.nn.Module):
+        """Not a convolution: in bfloat16 that costs one pixel in a hundred its class, so coarse are its sums."""
+
+        a: torch.Tensor
+        b: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name, values in zip(("a", "b"), bundle.spec.affine(), strict=True):
+                self.register_buffer(name, torch.from_numpy(values).reshape(-1, 1, 1))
+
+        def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+            return numbers * self.a + self.b
+
+    return torch.nn.Sequential(Scale(), _load_weights(build_network(bundle.spec), bundle)).eval()
 
 
 def _example(spec: ModelSpec) -> torch.Tensor:

@@ -229,9 +229,9 @@ def _named(result: Any, name: str) -> Any:
 def _converted(bundle: ModelBundle) -> Path:
     """Return the network as OpenVINO reads it, converted on first use: then torch need not be loaded again.
 
-    It lies under ``S2SEG_CACHE`` (default: the user's cache folder), named by digest and OpenVINO's version.
+    It lies under ``S2SEG_CACHE`` (default: the user's cache folder), named by digest, OpenVINO's version and ours.
     """
-    name = f"{bundle.sha256[:32]}-{importlib.metadata.version('openvino')}"
+    name = f"{bundle.sha256[:32]}-{importlib.metadata.version('openvino')}-{_FORM}"
     folder = cache_folder("openvino") / name
     if (folder / _FILE).is_file():
         _warn_of_seams(bundle, folder / _FILE)
@@ -251,6 +251,7 @@ def _converted(bundle: ModelBundle) -> Path:
 
 
 _FILE = "network.xml"
+_FORM = 2  # of what lies there: the next number makes all of it anew
 
 _CONVERT = """
 import sys
