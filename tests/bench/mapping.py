@@ -60,7 +60,7 @@ def windows(catalog: Path, model: str, console: Console, size: int, repeats: int
     whole, whole_peak = fresh(whole_image, catalog, model, size)
     console.print(f"whole image of {size} px at once: {gib(whole_peak)} GiB")
     rows = []
-    for step in sorted({512, 768, 1024, default.core[0]}):  # all of them cut the image into equal blocks
+    for step in sorted({512, 1024, default.core[0]}):  # all of them cut the image into equal blocks
         for depth in (0, 32, 64, 96) if step == default.core[0] else (32, 64):
             if step > size:
                 continue
