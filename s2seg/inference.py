@@ -32,6 +32,8 @@ _BATCH_PIXELS = 2**18
 _NETWORK_BYTES = 2**30
 """What the network may take for a window."""
 
+_BLENDED_CORE = 1024
+
 _BYTES_PER_PIXEL = {"openvino cpu float32": 260, "openvino cpu bfloat16": 190}
 _OTHER_BYTES_PER_PIXEL = 800
 """Of a window, by session; measured for a U-Net with mobilenet_v2."""
@@ -181,7 +183,7 @@ def chunks_for(model: ModelBundle, core: int = 1024, shape: Shape | None = None)
         Pixels (down, across) of the grid, to cut it into blocks that are all alike.
     """
     spec = model.spec
-    if spec.window is not None or spec.global_context:
+    if _blends(model):
         window = spec.window or 512
         overlap = _quarter(window, spec.stride)
         return ChunkSpec.blended(core, window, overlap=overlap, stride=spec.stride, shape=shape)
@@ -192,6 +194,8 @@ def chunks_for(model: ModelBundle, core: int = 1024, shape: Shape | None = None)
 def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto") -> int:
     """Choose the output pixels on a side of a block, at most: the network then takes 1 GiB for a window.
 
+    Blended windows have their own size, and gain nothing from a larger block.
+
     Parameters
     ----------
     model
@@ -199,6 +203,8 @@ def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", pr
     runtime, device, precision
         As in :func:`s2seg.models.open_session`.
     """
+    if _blends(model):
+        return _BLENDED_CORE
     window = math.isqrt(_NETWORK_BYTES // _bytes_per_pixel(model, runtime, device, precision))
     return window - 2 * model.spec.depth
 
@@ -212,6 +218,10 @@ def network_bytes(model: ModelBundle, chunks: ChunkSpec, runtime: str, device: s
 def _bytes_per_pixel(model: ModelBundle, runtime: str, device: str, precision: str) -> int:
     session = expected_session(model, runtime, device, precision)
     return _BYTES_PER_PIXEL.get(" ".join(session), _OTHER_BYTES_PER_PIXEL)
+
+
+def _blends(model: ModelBundle) -> bool:
+    return model.spec.window is not None or model.spec.global_context
 
 
 def _quarter(window: int, stride: int) -> int:
