@@ -44,6 +44,9 @@ DEFAULT_MASK = (
     "thin_cirrus",
 )
 
+_SLAB_PIXELS = 2**16
+"""What is reduced at once: all dates of it stay in a processor's cache, which is nearly twice as fast."""
+
 _NETWORK_LIMIT = 16
 
 _PASS = np.timedelta64(30, "m")
@@ -256,7 +259,10 @@ def _composite_block(
         np.copyto(out[:-1], data[0], where=usable[0])  # one date is its own median, and its own best
         out[-1] = usable[0]
     elif usable.any():
-        out[:-1] = reduce(data, usable)
+        rows = max(1, _SLAB_PIXELS // data.shape[-1])
+        for top in range(0, data.shape[-2], rows):
+            slab = slice(top, top + rows)
+            out[:-1, slab] = reduce(data[:, :, slab], usable[:, slab])
         out[-1] = usable.sum(axis=0)
     return out
 

@@ -15,6 +15,11 @@ from s2seg.sources.composite import METHODS, SCL_CLASSES, CompositeSpec, composi
 BANDS = ["blue", "red", "nir", "scl"]
 
 
+@pytest.fixture(autouse=True)
+def several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2seg.sources.composite._SLAB_PIXELS", 150)  # seven rows of a chunk, the last slab not full
+
+
 def make_stack(
     scenes: int = 6, size: int = 50, chunk: int = 20, seed: int = 0, minutes: list[int] | None = None
 ) -> xr.DataArray:
