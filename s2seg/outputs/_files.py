@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,8 +83,17 @@ def replacing(path: Path) -> Iterator[Path]:
         with writing(path):
             _swap(partial, path)
     except BaseException:  # also an interrupt: nothing half-written may stay
-        remove(partial, ignore_errors=True)
+        _clear_away(partial)
         raise
+
+
+def _clear_away(partial: Path) -> None:
+    """Delete what was half-written, again and again for a second: other threads may be at their last block still."""
+    for _ in range(20):
+        remove(partial, ignore_errors=True)
+        time.sleep(0.05)
+        if not partial.exists():
+            return
 
 
 def _swap(partial: Path, path: Path) -> None:
