@@ -18,6 +18,7 @@ from s2seg.errors import InputError, MissingBandError
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.runtimes import Session, SessionRef, expected_session, summarize
+from s2seg.models.runtimes.batching import CACHED_PIXELS
 from s2seg.windows import ChunkSpec, Margin, Shape, Span
 
 Layer = Literal["class", "confidence", "probability"]
@@ -27,7 +28,6 @@ NO_SCORE = 255
 """Stored in ``confidence`` and ``probability`` where there is no answer."""
 
 _VARIABLES = {"class": "land_cover", "confidence": "confidence", "probability": "probability"}
-_BATCH_PIXELS = 2**18
 
 _NETWORK_BYTES = 2**30
 """What the network may take for a window."""
@@ -212,7 +212,7 @@ def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", pr
 def network_bytes(model: ModelBundle, chunks: ChunkSpec, runtime: str, device: str, precision: str) -> int:
     """Estimate what the network takes for its windows, in bytes; the choices are those of :func:`core_for`."""
     height, width = chunks.window
-    return _bytes_per_pixel(model, runtime, device, precision) * max(height * width, _BATCH_PIXELS)
+    return _bytes_per_pixel(model, runtime, device, precision) * max(height * width, CACHED_PIXELS)
 
 
 def _bytes_per_pixel(model: ModelBundle, runtime: str, device: str, precision: str) -> int:
