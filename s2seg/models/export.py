@@ -216,7 +216,7 @@ def _convert(bundle: ModelBundle, kind: str, file: Path) -> Run:
     """Write the network to ``file`` and open what was written."""
     import torch
 
-    network = _network(bundle)
+    network = _network(bundle, merged=kind == "openvino")
     try:
         with _quiet(), torch.no_grad():
             _CONVERTERS[kind](network, bundle, file)
@@ -225,11 +225,15 @@ def _convert(bundle: ModelBundle, kind: str, file: Path) -> Run:
     return _OPENERS[kind](file)
 
 
-def _network(bundle: ModelBundle) -> torch.nn.Module:
-    """Build the network with its weights, behind a layer that scales stored numbers."""
+def _network(bundle: ModelBundle, merged: bool) -> torch.nn.Module:
+    """Build the network with its weights, behind a layer that scales stored numbers.
+
+    ``merged`` changes its layers as the torch runtime does on a CPU; other programs shall find them as they were made.
+    """
     import torch
 
     from s2seg.models.runtimes.pytorch import _load_weights
+    from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling
     from s2seg.models.unet import build_network
 
     class Scale(torch.nn.Module):
@@ -246,7 +250,11 @@ def _network(bundle: ModelBundle) -> torch.nn.Module:
         def forward(self, numbers: torch.Tensor) -> torch.Tensor:
             return numbers * self.a + self.b
 
-    return torch.nn.Sequential(Scale(), _load_weights(build_network(bundle.spec), bundle)).eval()
+    network = _load_weights(build_network(bundle.spec), bundle).eval()
+    if merged:
+        bands = len(bundle.spec.bands)
+        network = merge_upsampling(fold_batch_norm(network, bands), bands)
+    return torch.nn.Sequential(Scale(), network).eval()
 
 
 def _example(spec: ModelSpec) -> torch.Tensor:
