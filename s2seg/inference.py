@@ -34,7 +34,7 @@ _NETWORK_BYTES = 2**30
 
 _BLENDED_CORE = 1024
 
-_BYTES_PER_PIXEL = {"openvino cpu float32": 260, "openvino cpu bfloat16": 190}
+_BYTES_PER_PIXEL = {"openvino cpu float32": 220, "openvino cpu bfloat16": 190, "torch cpu float32": 470}
 _OTHER_BYTES_PER_PIXEL = 800
 """Of a window, by session; measured for a U-Net with mobilenet_v2."""
 
