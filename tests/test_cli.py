@@ -131,6 +131,7 @@ BAD = {
     "unknown composite": ({"--composite": "best"}, "median"),
     "unknown SCL class": ({"--mask": "clouds"}, "cloud_high_probability"),
     "unknown layer": ({"--layers": "logits"}, "confidence"),
+    "an area too large": ({"--aoi": "-180,-80,180,80"}, "too large for one"),
     "no resolution": ({"--resolution": "0"}, "resolution"),
     "unknown crs": ({"--crs": "EPSG:1"}, "CRS"),
     "not a bundle": ({"--model": "."}, "model.json"),

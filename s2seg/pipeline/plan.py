@@ -36,6 +36,9 @@ _READ_SIDE = 1024
 _REMOTE_THREADS = 8
 """Threads that read from afar: they wait more than they work."""
 
+_MOST_PIXELS = 2**37
+"""Of one map: at 10 m, 14 million square kilometres. Its graph alone would take gigabytes."""
+
 _ROWS_WAITING = 3
 
 _LIBRARIES_BYTES = {"torch": 750 * 2**20}
@@ -250,13 +253,20 @@ def plan_area(
     Raises
     ------
     S2SegError
-        If the search finds nothing, the model is not usable, or the items lack its bands.
+        If the search finds nothing, the model is not usable, the items lack its bands, or the area is too large for
+        one map.
     """
     options = options or MapOptions()
     bundle = model if isinstance(model, ModelBundle) else load_model(model)
     area = parse_aoi(aoi)
     items = search(catalog, area, datetime, max_cloud_cover=options.max_cloud_cover, collection=options.collection)
     geobox = geobox_for(area, options.resolution, items, options.crs)
+    height, width = geobox.shape
+    if height * width > _MOST_PIXELS:
+        raise InputError(
+            f"the area makes a map of {width:,} x {height:,} pixels of {options.resolution:g} m, too large for one: "
+            "choose a smaller area, or a coarser resolution"
+        )
     passes = passes_of(items)
     bands = bands_to_read(items, scene_spec(bundle, options))
     core = options.core or core_for(bundle, options.runtime, options.device, options.precision)
