@@ -6,14 +6,15 @@ import math
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from dask.base import annotate, get_scheduler
+from dask.base import annotate
 
+from s2seg.client import current_client
 from s2seg.errors import InputError, MissingBandError
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
@@ -158,8 +159,8 @@ def gpu_annotations(session: SessionRef) -> AbstractContextManager[None]:
     session
         Where the network shall run: one that is asked for on the CPU binds nothing.
     """
-    client: Any = getattr(get_scheduler(), "__self__", None)  # of dask's other schedulers none is a method
-    if session.device == "cpu" or session.runtime == "openvino" or not hasattr(client, "scheduler_info"):
+    client = current_client()
+    if session.device == "cpu" or session.runtime == "openvino" or client is None:
         return nullcontext()
     workers = client.scheduler_info()["workers"].values()
     bound: AbstractContextManager[None] = annotate(resources={"GPU": 1})

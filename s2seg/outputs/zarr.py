@@ -19,12 +19,12 @@ import numpy.typing as npt
 import odc.geo.xr
 import xarray as xr
 import zarr
-from dask.base import get_scheduler
 from dask.callbacks import Callback
 from dask.core import flatten
 from odc.geo.geobox import GeoBox
 from zarr.codecs import ZstdCodec
 
+from s2seg.client import current_client
 from s2seg.errors import InputError, OutputError
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable, existing_parent, identifiers, is_url, replacing, writing
@@ -428,7 +428,7 @@ def _compute(blocks: da.Array, chunk_y: int, chunk_x: int, tile: tuple[int, int]
             on_progress(done, total)
 
     tiles = _tiles(blocks, max(1, tile[0] // chunk_y), max(1, tile[1] // chunk_x))
-    client = _client()
+    client = current_client()
     if client is None:
         for part in tiles:
             with _counting(part, step):
@@ -448,12 +448,6 @@ def _counting(part: da.Array, step: Callable[[], None]) -> Callback:
     """Call ``step`` for each finished block of an array under one of dask's local schedulers."""
     keys = set(flatten(part.__dask_keys__()))
     return Callback(posttask=lambda key, *_: step() if key in keys else None)
-
-
-def _client() -> Any | None:
-    """Return the distributed client that dask would use now, if any."""
-    owner = getattr(get_scheduler(), "__self__", None)
-    return owner if hasattr(owner, "persist") else None
 
 
 def _compute_on_cluster(client: Any, tiles: Iterator[da.Array], step: Callable[[], None]) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import dask
-from dask.base import get_scheduler
 from dask.delayed import delayed
 from shapely.geometry.base import BaseGeometry
 
+from s2seg.client import current_client
 from s2seg.errors import OutputError, S2SegError, S2SegWarning
 from s2seg.inference import gpu_annotations
 from s2seg.legend import Legend
@@ -153,7 +153,7 @@ def _open_session(plan: Plan) -> tuple[str, str]:
     """Open the network where it will run, on a cluster one of its workers; return its session's name and why it is."""
     options = plan.options
     session = SessionRef(plan.model.path, plan.model.sha256, options.runtime, options.device, options.precision)
-    if not hasattr(get_scheduler(), "__self__"):  # dask's local schedulers are functions, a cluster's is a client's
+    if current_client() is None:
         return _name_session(session)
     with gpu_annotations(session):
         name, why = delayed(_name_session)(session).compute(optimize_graph=False)
