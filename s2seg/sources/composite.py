@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -15,6 +15,7 @@ import xarray as xr
 from scipy import ndimage
 
 from s2seg.errors import InputError
+from s2seg.sources.reducers import Flags, Pixels, Reducer, Slab, bits, first_clear, max_ndvi, mean, medoid, quantile
 
 Method = Literal["median", "mean", "percentile", "least-cloudy", "max-ndvi", "medoid"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -44,10 +45,11 @@ DEFAULT_MASK = (
     "thin_cirrus",
 )
 
-_SLAB_PIXELS = 2**16
-"""What is reduced at once: all dates of it stay in a processor's cache, which is nearly twice as fast."""
+_OUTSIDE = len(SCL_CLASSES)
+"""No class: what lies outside the grid is unknown, and masks nothing within."""
 
-_NETWORK_LIMIT = 16
+_SLAB_PIXELS = 2**16
+"""What is reduced at once: it stays in the cache, and is enough that threads seldom wait for the interpreter."""
 
 _PASS = np.timedelta64(30, "m")
 """Scenes of one platform closer in time than this belong to one pass over the area."""
@@ -120,14 +122,14 @@ def composite(stack: xr.DataArray, spec: CompositeSpec | None = None) -> xr.Data
     spec = spec or CompositeSpec()
     bands = [str(b) for b in stack.band.values if b != "scl"]
     reduce = _reducer(spec, bands, stack)
-    data = stack.isel(band=slice(0, len(bands))).data
-    groups = passes(stack)
-    clear = _clear(stack, spec)
+    data = stack.isel(band=slice(0, len(bands))).data.rechunk({0: -1, 1: -1})
+    scl = _scl(stack, spec)
     both = da.map_blocks(
         _composite_block,
-        data.rechunk({0: -1, 1: -1}),
-        clear[:, None].rechunk({0: -1}),
-        groups=groups,
+        data,
+        *([] if scl is None else [scl.rechunk({0: -1})]),
+        mask=spec.mask,
+        groups=passes(stack),
         reduce=reduce,
         dtype=np.uint16,
         drop_axis=0,
@@ -193,52 +195,52 @@ def pass_chunks(times: Sequence[np.datetime64], platforms: Sequence[str]) -> tup
     return tuple(np.bincount(passes(empty.assign_coords(platform=("time", list(platforms))))).tolist())
 
 
-def _clear(stack: xr.DataArray, spec: CompositeSpec) -> da.Array:
-    """(time, y, x) bool: SCL says clear, after dilating what it does not."""
-    shape = (stack.sizes["time"], stack.sizes["y"], stack.sizes["x"])
-    chunks = (stack.data.chunks[0], *stack.data.chunks[2:])
+def _scl(stack: xr.DataArray, spec: CompositeSpec) -> da.Array | None:
+    """(time, 1, y, x) SCL in which the mask has grown; None where nothing but nodata is masked."""
     if "scl" not in stack.band.values or not spec.mask:
         if spec.dilate:
             raise InputError("the mask cannot grow: the stack has no scl band, or no class is masked")
-        return da.ones(shape, dtype=bool, chunks=chunks)
-    codes = [SCL_CLASSES[name] for name in spec.mask]
-    clear = ~da.isin(stack.isel(band=-1).data, codes)
-    resolution = abs(stack.odc.geobox.resolution.x)
-    radius = round(spec.dilate / resolution)
+        return None
+    scl = stack.isel(band=slice(-1, None)).data
+    radius = round(spec.dilate / abs(stack.odc.geobox.resolution.x))
     if radius == 0:
-        return clear
-    # outside the grid is unknown, not cloudy: pad with clear
+        return scl
     return da.map_overlap(
-        _erode, clear, depth={1: radius, 2: radius}, boundary={1: True, 2: True}, radius=radius, dtype=bool,
-        meta=np.empty((0, 0, 0), bool),
+        _grow, scl, depth={2: radius, 3: radius}, boundary={2: _OUTSIDE, 3: _OUTSIDE}, mask=spec.mask, radius=radius,
+        dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16),
     )  # fmt: skip
 
 
-def _erode(clear: npt.NDArray[np.bool_], radius: int) -> npt.NDArray[np.bool_]:
-    """Shrink clear areas by a disc of ``radius`` pixels, date by date."""
-    out = np.empty_like(clear)
-    for t, layer in enumerate(clear):
-        # the distance to the nearest masked pixel; a field without one is far from any
-        out[t] = ndimage.distance_transform_edt(layer) > radius if not layer.all() else True
-    return out
+def _grow(scl: Pixels, mask: tuple[str, ...], radius: int) -> Pixels:
+    """Let masked classes spread by a disc of ``radius`` pixels, date by date: (time, 1, y, x) SCL in and out."""
+    grown = scl.copy()
+    for layer in grown[:, 0]:
+        clear = _is_clear(layer, mask)
+        if not clear.all():  # there is a nearest masked pixel
+            layer[ndimage.distance_transform_edt(clear) <= radius] = SCL_CLASSES[mask[0]]
+    return grown
 
 
-Reducer = Callable[[npt.NDArray[np.uint16], npt.NDArray[np.bool_]], npt.NDArray[np.uint16]]
+def _is_clear(scl: Pixels, mask: tuple[str, ...]) -> Flags:
+    """Whether SCL is none of the masked classes; what is no class is clear."""
+    masked = sum(1 << SCL_CLASSES[name] for name in set(mask))
+    clear: Flags = np.right_shift(np.uint16(masked), scl) & 1 == 0
+    return clear
 
 
 def _reducer(spec: CompositeSpec, bands: Sequence[str], stack: xr.DataArray) -> Reducer:
-    """Choose the function that reduces one block, (time, band, y, x) and clear (time, y, x) -> (band, y, x)."""
+    """Choose the function that reduces the dates of a slab."""
     if spec.method == "max-ndvi":
         if not {"red", "nir"} <= set(bands):
             raise InputError("max-ndvi needs the bands red and nir in the stack")
-        return partial(_max_ndvi, red=bands.index("red"), nir=bands.index("nir"))
+        return partial(max_ndvi, red=bands.index("red"), nir=bands.index("nir"))
     if spec.method == "least-cloudy":
-        return partial(_first_clear, clouds=_pass_clouds(stack))
+        return partial(first_clear, clouds=_pass_clouds(stack))
     if spec.method == "medoid":
-        return _medoid
+        return medoid
     if spec.method == "mean":
-        return _mean
-    return partial(_quantile, q=spec.percentile / 100 if spec.method == "percentile" else 0.5)
+        return mean
+    return partial(quantile, q=spec.percentile / 100 if spec.method == "percentile" else 0.5)
 
 
 def _pass_clouds(stack: xr.DataArray) -> tuple[float, ...]:
@@ -249,115 +251,52 @@ def _pass_clouds(stack: xr.DataArray) -> tuple[float, ...]:
 
 
 def _composite_block(
-    data: npt.NDArray[np.uint16], clear: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64], reduce: Reducer
-) -> npt.NDArray[np.uint16]:
+    data: Pixels, *scl: Pixels, mask: tuple[str, ...], groups: npt.NDArray[np.int64], reduce: Reducer
+) -> Pixels:
     """One block, (time, band, y, x) and (time, 1, y, x) -> (band + 1, y, x): the composite, then the clear looks."""
-    usable = clear[:, 0] & (data != 0).all(axis=1)
-    data, usable = _mosaic_passes(data, usable, groups)
-    out = np.zeros((data.shape[1] + 1, *data.shape[2:]), dtype=np.uint16)
-    if len(data) == 1:
-        np.copyto(out[:-1], data[0], where=usable[0])  # one date is its own median, and its own best
-        out[-1] = usable[0]
-    elif usable.any():
-        rows = max(1, _SLAB_PIXELS // data.shape[-1])
-        for top in range(0, data.shape[-2], rows):
-            slab = slice(top, top + rows)
-            out[:-1, slab] = reduce(data[:, :, slab], usable[:, slab])
-        out[-1] = usable.sum(axis=0)
+    _, bands, height, width = data.shape
+    out = np.empty((bands + 1, height, width), dtype=np.uint16)
+    rows = max(1, _SLAB_PIXELS // width)
+    scratch = np.empty((groups[-1] + 3, bands, rows, width), dtype=np.uint16)
+    for top in range(0, height, rows):
+        at = slice(top, top + rows)
+        usable = _is_whole(data[:, :, at])
+        for codes in scl:
+            usable &= _is_clear(codes[:, 0, at], mask)
+        pixels, usable = _mosaic_passes(data[:, :, at], usable, groups)
+        looks = usable.sum(axis=0, dtype=np.uint16)
+        out[-1, at] = looks
+        if len(pixels) == 1:  # one date is its own median, and its own best
+            np.bitwise_and(pixels[0], bits(usable[0]), out=out[:-1, at])
+        else:
+            out[:-1, at] = reduce(Slab(pixels, usable, looks, scratch[:, :, : len(looks)]))
     return out
 
 
-def _mosaic_passes(
-    data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
-    """Merge scenes of one pass: each pixel from the first scene that is usable there."""
-    first = np.unique(groups, return_index=True)[1]
-    if len(first) == len(groups):
+def _is_whole(data: Pixels) -> Flags:
+    """Whether all bands of a pixel have data: (time, band, y, x) -> (time, y, x)."""
+    whole: Flags = np.minimum.reduce(data, axis=1) != 0
+    return whole
+
+
+def _mosaic_passes(data: Pixels, usable: Flags, groups: npt.NDArray[np.int64]) -> tuple[Pixels, Flags]:
+    """Merge scenes of one pass: each pixel from the first scene that is usable there, else from the first scene."""
+    if groups[-1] == len(groups) - 1:
         return data, usable
-    merged, seen = data[first].copy(), usable[first].copy()
+    first = np.unique(groups, return_index=True)[1]
+    merged, seen = data[first], usable[first]
     for t, g in enumerate(groups):
         fill = usable[t] & ~seen[g]
-        if t != first[g] and fill.any():
-            np.copyto(merged[g], data[t], where=fill)
+        if fill.any():
+            merged[g] ^= (merged[g] ^ data[t]) & bits(fill)
             seen[g] |= fill
     return merged, seen
 
 
-def _first_valid(data: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+def _first_valid(data: Pixels) -> Pixels:
     """Mosaic one pass: (scene, band, y, x) -> (band, y, x), each pixel from the first scene that has it."""
-    merged, _ = _mosaic_passes(data, (data != 0).all(axis=1), np.zeros(len(data), dtype=np.int64))
+    merged, _ = _mosaic_passes(data, _is_whole(data), np.zeros(len(data), dtype=np.int64))
     return merged[0]
-
-
-def _mean(data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint16]:
-    looks = np.maximum(usable.sum(axis=0, dtype=np.uint32), 1)
-    total = np.where(usable[:, None], data, np.uint16(0)).sum(axis=0, dtype=np.uint32)
-    return np.rint(total / looks).astype(np.uint16)
-
-
-def _quantile(data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_], q: float) -> npt.NDArray[np.uint16]:
-    """Quantile of the usable dates with linear interpolation, as NumPy's; band by band, without a copy as float."""
-    looks = usable.sum(axis=0)
-    rank = q * np.maximum(looks - 1, 0)
-    low = rank.astype(np.intp)
-    high = np.minimum(low + 1, np.maximum(looks - 1, 0))
-    share = (rank - low).astype(np.float32)
-    out = np.empty(data.shape[1:], dtype=np.uint16)
-    for b in range(data.shape[1]):
-        # what is not usable sorts behind everything that is
-        ordered = _sort(np.where(usable, data[:, b], np.uint16(65535)))
-        below, above = (np.take_along_axis(ordered, i[None], axis=0)[0].astype(np.float32) for i in (low, high))
-        out[b] = np.where(looks > 0, np.rint(below + (above - below) * share), 0)
-    return out
-
-
-def _sort(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
-    """Sort along the first axis, in place; a few dates are fastest by exchanging whole images (odd-even sort)."""
-    n = len(values)
-    if n > _NETWORK_LIMIT:
-        values.sort(axis=0)
-        return values
-    smaller = np.empty_like(values[0])
-    for turn in range(n):
-        for i in range(turn % 2, n - 1, 2):
-            np.minimum(values[i], values[i + 1], out=smaller)
-            np.maximum(values[i], values[i + 1], out=values[i + 1])
-            values[i] = smaller
-    return values
-
-
-def _pick(
-    data: npt.NDArray[np.uint16], chosen: npt.NDArray[np.intp], seen: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.uint16]:
-    """Take all bands of a pixel from its chosen date."""
-    picked = np.take_along_axis(data, chosen[None, None], axis=0)[0]
-    return np.where(seen, picked, np.uint16(0))
-
-
-def _first_clear(
-    data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_], clouds: Sequence[float]
-) -> npt.NDArray[np.uint16]:
-    order = np.argsort(clouds, kind="stable")
-    chosen = order[np.argmax(usable[order], axis=0)]
-    return _pick(data, chosen, np.any(usable, axis=0))
-
-
-def _max_ndvi(
-    data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_], red: int, nir: int
-) -> npt.NDArray[np.uint16]:
-    r, n = data[:, red].astype(np.float32), data[:, nir].astype(np.float32)
-    ndvi = np.where(usable, (n - r) / np.maximum(n + r, 1), -np.inf)
-    return _pick(data, ndvi.argmax(axis=0), np.any(usable, axis=0))
-
-
-def _medoid(data: npt.NDArray[np.uint16], usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint16]:
-    """The date nearest to the band-wise median (Flood 2013, doi:10.3390/rs5126481, with the median as the centre)."""
-    distance = np.zeros(usable.shape, dtype=np.float32)
-    centre = _quantile(data, usable, q=0.5)
-    for b in range(data.shape[1]):
-        distance += (data[:, b].astype(np.float32) - centre[b]) ** 2
-    distance[~usable] = np.inf
-    return _pick(data, distance.argmin(axis=0), np.any(usable, axis=0))
 
 
 def _grid_coords(stack: xr.DataArray) -> dict[str, xr.DataArray]:

@@ -140,7 +140,9 @@ def _scene(
     config: TrainConfig,
 ) -> xr.DataArray:
     scene = compose(items, geobox, scene_spec(config), chunks, decide_offsets(items))
-    return scene.sel(band=list(config.channels))
+    channels = list(config.channels)
+    # a list takes a copy of every block, even of all its bands
+    return scene if scene.band.values.tolist() == channels else scene.sel(band=channels)
 
 
 def _split(area: AreaConfig, labels: xr.DataArray, config: TrainConfig) -> xr.DataArray:
