@@ -6,17 +6,22 @@ import csv
 import importlib.util
 import io
 import logging
+import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from s2seg.allocator import keep_freed_memory
 from s2seg.errors import InputError, S2SegWarning
@@ -30,6 +35,7 @@ from s2seg.training.config import TrainConfig
 from s2seg.training.data import ChipData
 from s2seg.training.losses import build_loss
 from s2seg.training.module import Descent, SegmentationModule
+from s2seg.training.processes import Tell, run_processes
 from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
 from s2seg.training.weights import start_from
 
@@ -112,14 +118,13 @@ def fit(
         Go on after the last whole epoch of a training that was interrupted, at any moment and in any way; the result
         is that of a training without interruption, to the bit on a CPU.
     on_progress
-        Called after every batch and at the end of every epoch; may raise to end the training. Not called where several
-        devices train in processes of their own.
+        Called after every batch and at the end of every epoch; may raise to end the training.
 
     Raises
     ------
     InputError
         For chips without training or validation part, a log whose package is missing, a machine that is not there, a
-        loss that is not a number, or a checkpoint of another configuration.
+        loss that is not a number, a checkpoint of another configuration, or a process that was ended from outside.
     ModelError
         For a network that cannot be built, or starting weights that do not fit.
     OutputError
@@ -127,31 +132,87 @@ def fit(
     """
     folder = Path(folder)
     machine = _machine(config)
-    loggers = _loggers(config, folder)
+    _check_logs(config)
     with _reproducible(), _quiet():
+        # also for a network that is trained in other processes: so that a mistake shows before they start
         module, data = _module(config, chips)
-        recorder = _Recorder(config, folder / LOGS, data, on_progress if config.fit.devices == 1 else None)
         keeper = BestAndLast((folder / FOLDER).absolute(), config.fit.patience)
         start = _last_checkpoint(config, keeper.folder, resume)
+        if start is None:
+            _clear(folder)
         if start is None or not _is_over(config, keeper, start):
-            if start is None:
-                _clear(folder)
-            trainer = pl.Trainer(
-                **machine,
-                max_epochs=config.fit.epochs,
-                accumulate_grad_batches=config.fit.accumulate,
-                logger=loggers or False,
-                callbacks=[recorder, keeper],
-                plugins=[WholeFiles()],
-                default_root_dir=folder,
-                log_every_n_steps=1,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(module, datamodule=data, ckpt_path=None if start is None else keeper.folder / LAST)
+            training = _Training(config, chips, folder, machine, 0 if start is None else _epochs(start))
+            if config.fit.devices == 1:
+                training.run(module, data, on_progress or _silent)
+            else:
+                _run_processes(training, on_progress or _silent)
     return _result(module, keeper)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a process is to do; it is pickled for one of several."""
+
+    config: TrainConfig
+    chips: ChipStore
+    folder: Path
+    machine: Mapping[str, Any]
+    epochs_done: int
+
+    def run(
+        self,
+        module: SegmentationModule,
+        data: ChipData,
+        on_progress: Callable[[Progress], None],
+        strategy: str | Strategy = "auto",
+    ) -> None:
+        """Train from the last checkpoint or from the beginning."""
+        if self.machine["accelerator"] == "cpu":
+            keep_freed_memory()
+        settings = self.config.fit
+        keeper = BestAndLast((self.folder / FOLDER).absolute(), settings.patience)
+        trainer = pl.Trainer(
+            **self.machine,
+            strategy=strategy,
+            max_epochs=settings.epochs,
+            accumulate_grad_batches=settings.accumulate,
+            logger=_loggers(self.config, self.folder) or False,
+            callbacks=[_Recorder(self.config, self.folder / LOGS, data, on_progress), keeper],
+            plugins=[WholeFiles()],
+            default_root_dir=self.folder,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with _interruptible():
+            trainer.fit(module, datamodule=data, ckpt_path=keeper.folder / LAST if self.epochs_done else None)
+
+
+def _run_processes(training: _Training, on_progress: Callable[[Progress], None]) -> None:
+    """Train in one process per device of this machine."""
+    devices = training.config.fit.devices
+    environment = {
+        # what Lightning asks to know of processes that it did not start
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_network_port()),
+        "NODE_RANK": "0",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP complains of weights that may be unused once all of them are used
+    }
+    if training.machine["accelerator"] == "cpu":
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
+    run_processes(partial(_run_share, training), devices, on_progress, environment)
+
+
+def _run_share(training: _Training, rank: int, tell: Tell) -> None:
+    """Train as one of several processes."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    with _reproducible(), _quiet():
+        module, data = _module(training.config, training.chips)
+        # weights may have no gradient: those of a frozen encoder, and of layers that nothing uses
+        strategy = DDPStrategy(cluster_environment=LightningEnvironment(), find_unused_parameters=True)
+        training.run(module, data, tell, strategy)
 
 
 # -- what is trained --------------------------------------------------------------------------------------------------
@@ -211,6 +272,10 @@ def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, 
     for part, indices in (("training", train), ("validation", validation)):
         if not len(indices):
             raise InputError(f"there is no chip for {part}: change split.seed, split.block or the chips' filters")
+    if len(validation) < config.fit.devices:
+        raise InputError(
+            f"fit.devices: {len(validation)} validation chips are too few for {config.fit.devices} devices"
+        )
     plan = _plan(config, chips.histogram[train])
     torch.manual_seed(config.fit.seed)
     spec = build_spec(config, chips)
@@ -279,21 +344,18 @@ def _machine(config: TrainConfig) -> dict[str, Any]:
             f"fit.devices: {settings.devices} GPUs are asked for, torch sees {torch.cuda.device_count()}; "
             "set fit.accelerator to cpu, or fit.devices lower"
         )
+    if kind == "mps" and settings.devices > 1:
+        raise InputError(f"fit.devices: there is one mps device, not {settings.devices}")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("fit.accelerator: torch sees no mps device here; set it to auto")
     if settings.precision == "float16" and kind != "gpu":
         raise InputError("fit.precision: float16 needs a GPU; use auto, bfloat16 or float32")
-    if kind == "cpu":
-        keep_freed_memory()
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if _fast_bfloat16(kind) else "float32"
     return {
         "accelerator": kind,
         "devices": settings.devices,
-        # spawned, because the other way starts the whole command again in every process, with all that it writes;
-        # unused, because encoders of less than full depth keep layers that nothing passes through
-        "strategy": "ddp_spawn_find_unused_parameters_true" if settings.devices > 1 else "auto",
         "precision": _PRECISIONS[precision],
         # a GPU has no deterministic form of cross entropy over pixels
         "deterministic": kind == "cpu",
@@ -308,10 +370,13 @@ def _fast_bfloat16(kind: str) -> bool:
     return kind == "cpu" and bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
 
 
-def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+def _check_logs(config: TrainConfig) -> None:
     for name in config.logs:
         if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
             raise InputError(f"logs: {name} needs the package {_PACKAGES[name]} (pip install {_PACKAGES[name]})")
+
+
+def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
     make: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(folder / LOGS, name="tensorboard", version=""),
         "wandb": lambda: WandbLogger(project="s2seg", name=config.name, save_dir=folder / LOGS),
@@ -328,12 +393,12 @@ class _Recorder(pl.Callback):
     state_key = "s2seg_history"
 
     def __init__(
-        self, config: TrainConfig, folder: Path, data: ChipData, on_progress: Callable[[Progress], None] | None
+        self, config: TrainConfig, folder: Path, data: ChipData, on_progress: Callable[[Progress], None]
     ) -> None:
         self.history: list[dict[str, float]] = []
         self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
         self._csv = folder / "history.csv" if "csv" in config.logs else None
-        self._data, self._on_progress = data, on_progress or _silent
+        self._data, self._on_progress = data, on_progress
         self._started = self._waited = self._learning_rate = 0.0
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -406,9 +471,14 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
     return states
 
 
+def _epochs(states: dict[str, Any]) -> int:
+    """How many epochs were trained before the checkpoint with these states of the callbacks."""
+    return len(states[_Recorder.state_key]["history"])
+
+
 def _is_over(config: TrainConfig, keeper: BestAndLast, states: dict[str, Any]) -> bool:
     """Whether the interrupted training had come to its end, by its epochs or its patience."""
-    epochs = len(states[_Recorder.state_key]["history"])
+    epochs = _epochs(states)
     keeper.load_state_dict(states[keeper.state_key])
     return epochs >= config.fit.epochs or keeper.gives_up(epochs - 1)
 
@@ -433,6 +503,19 @@ def _reproducible() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic)
         memory.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise Ctrl-C as what it is, where Lightning ends the program and leaves it deaf to any further one."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from stop
 
 
 @contextmanager

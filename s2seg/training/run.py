@@ -182,6 +182,8 @@ def train(
         draw_tiles(store, folder / "split.png", overwrite=True)
 
     def step(progress: FitProgress) -> None:
+        if progress.row is not None:
+            return  # its last batch was told already
         done = (progress.epoch - 1) * progress.steps + progress.step
         report("train", done, progress.epochs * progress.steps)
 

@@ -216,11 +216,3 @@ def test_mistakes(chips, tmp_path, monkeypatch, changes, message):
     with pytest.raises(InputError, match=message):
         fit(toy_config(**changes), chips, tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_two_processes_train_one_network(chips, tmp_path):
-    config = toy_config(fit={"epochs": 2, "devices": 2}, optimizer={"freeze_encoder": 1})
-    result = fit(config, chips, tmp_path)
-    assert [row["step"] for row in result.history] == [4, 8]
-    assert result.history[1]["train_loss"] < result.history[0]["train_loss"]
-    assert same(result.network.state_dict(), fit(config, chips, tmp_path, resume=True).network.state_dict())
