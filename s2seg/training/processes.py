@@ -45,7 +45,7 @@ class _Failure:
             return RuntimeError(f"process {self.rank} failed:\n{self.trace}")
         if self.exitcode < 0:
             name = signal.Signals(-self.exitcode).name
-            hint = "the machine may be out of memory: lower fit.batch_size or fit.devices, and pass --resume"
+            hint = "if memory ran out, lower fit.devices and pass --resume, or lower fit.batch_size"
             return InputError(f"training process {self.rank} was ended by {name}; {hint}")
         hint = 'in a script of your own, call it below `if __name__ == "__main__":`'
         return InputError(f"training process {self.rank} ended with exit code {self.exitcode} at once; {hint}")
