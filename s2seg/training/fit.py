@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import logging
 import os
@@ -11,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
-from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from s2seg.allocator import keep_freed_memory
@@ -33,20 +32,19 @@ from s2seg.training.checkpoints import BEST, FOLDER, LAST, BestAndLast, WholeFil
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
 from s2seg.training.data import ChipData
+from s2seg.training.logs import LOGS, check_logs, open_logs, run_ids
 from s2seg.training.losses import build_loss
 from s2seg.training.module import Descent, SegmentationModule
 from s2seg.training.processes import Tell, run_processes
 from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
 from s2seg.training.weights import start_from
 
-LOGS = "logs"
 _SCORES = ("train_loss", "val_loss", "val_mean_iou", "val_accuracy")
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
     # Lightning 2.6 asks torch 2.14 in a way that goes out of use
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
 )
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def fit(
     """
     folder = Path(folder)
     machine = _machine(config)
-    _check_logs(config)
+    check_logs(config.logs)
     with _reproducible(), _quiet():
         # also for a network that is trained in other processes: so that a mistake shows before they start
         module, data = _module(config, chips)
@@ -141,9 +139,11 @@ def fit(
         if start is None:
             _clear(folder)
         if start is None or not _is_over(config, keeper, start):
-            training = _Training(config, chips, folder, machine, 0 if start is None else _epochs(start))
+            done, runs = (0, {}) if start is None else (_epochs(start), _runs(start))
+            training = _Training(config, chips, folder, machine, done, runs)
             if config.fit.devices == 1:
-                training.run(module, data, on_progress or _silent)
+                with open_logs(config, folder / LOGS, runs) as loggers:
+                    training.run(module, data, loggers, on_progress or _silent)
             else:
                 _run_processes(training, on_progress or _silent)
     return _result(module, keeper)
@@ -158,11 +158,13 @@ class _Training:
     folder: Path
     machine: Mapping[str, Any]
     epochs_done: int
+    log_runs: Mapping[str, str]
 
     def run(
         self,
         module: SegmentationModule,
         data: ChipData,
+        loggers: Mapping[str, Logger],
         on_progress: Callable[[Progress], None],
         strategy: str | Strategy = "auto",
     ) -> None:
@@ -171,13 +173,14 @@ class _Training:
             keep_freed_memory()
         settings = self.config.fit
         keeper = BestAndLast((self.folder / FOLDER).absolute(), settings.patience)
+        recorder = _Recorder(self.config, self.folder / LOGS, data, on_progress, run_ids(loggers))
         trainer = pl.Trainer(
             **self.machine,
             strategy=strategy,
             max_epochs=settings.epochs,
             accumulate_grad_batches=settings.accumulate,
-            logger=_loggers(self.config, self.folder) or False,
-            callbacks=[_Recorder(self.config, self.folder / LOGS, data, on_progress), keeper],
+            logger=list(loggers.values()) or False,
+            callbacks=[recorder, keeper],
             plugins=[WholeFiles()],
             default_root_dir=self.folder,
             log_every_n_steps=1,
@@ -212,7 +215,11 @@ def _run_share(training: _Training, rank: int, tell: Tell) -> None:
         module, data = _module(training.config, training.chips)
         # weights may have no gradient: those of a frozen encoder, and of layers that nothing uses
         strategy = DDPStrategy(cluster_environment=LightningEnvironment(), find_unused_parameters=True)
-        training.run(module, data, tell, strategy)
+        logs: AbstractContextManager[dict[str, Logger]] = nullcontext({})
+        if rank == 0:
+            logs = open_logs(training.config, training.folder / LOGS, training.log_runs)
+        with logs as loggers:
+            training.run(module, data, loggers, tell, strategy)
 
 
 # -- what is trained --------------------------------------------------------------------------------------------------
@@ -370,32 +377,21 @@ def _fast_bfloat16(kind: str) -> bool:
     return kind == "cpu" and bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
 
 
-def _check_logs(config: TrainConfig) -> None:
-    for name in config.logs:
-        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise InputError(f"logs: {name} needs the package {_PACKAGES[name]} (pip install {_PACKAGES[name]})")
-
-
-def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    make: dict[str, Callable[[], Logger]] = {
-        "tensorboard": lambda: TensorBoardLogger(folder / LOGS, name="tensorboard", version=""),
-        "wandb": lambda: WandbLogger(project="s2seg", name=config.name, save_dir=folder / LOGS),
-        "mlflow": lambda: MLFlowLogger(
-            experiment_name="s2seg", run_name=config.name, save_dir=str(folder / LOGS / "mlflow")
-        ),
-    }
-    return [make[name]() for name in config.logs if name in make]
-
-
 class _Recorder(pl.Callback):
     """Keep the history, across restarts too; write it as CSV; tell how far the training is."""
 
     state_key = "s2seg_history"
 
     def __init__(
-        self, config: TrainConfig, folder: Path, data: ChipData, on_progress: Callable[[Progress], None]
+        self,
+        config: TrainConfig,
+        folder: Path,
+        data: ChipData,
+        on_progress: Callable[[Progress], None],
+        log_runs: Mapping[str, str],
     ) -> None:
         self.history: list[dict[str, float]] = []
+        self._log_runs = dict(log_runs)
         self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
         self._csv = folder / "history.csv" if "csv" in config.logs else None
         self._data, self._on_progress = data, on_progress
@@ -435,7 +431,7 @@ class _Recorder(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart."""
-        return {"history": self.history, "fingerprint": self._fingerprint}
+        return {"history": self.history, "fingerprint": self._fingerprint, "log_runs": self._log_runs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
@@ -474,6 +470,11 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
 def _epochs(states: dict[str, Any]) -> int:
     """How many epochs were trained before the checkpoint with these states of the callbacks."""
     return len(states[_Recorder.state_key]["history"])
+
+
+def _runs(states: dict[str, Any]) -> dict[str, str]:
+    """Where the logs of that training are."""
+    return dict(states[_Recorder.state_key].get("log_runs", {}))
 
 
 def _is_over(config: TrainConfig, keeper: BestAndLast, states: dict[str, Any]) -> bool:
@@ -521,7 +522,9 @@ def _interruptible() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Lightning from advertising and from telling about devices; warnings pass, but for what it cannot know."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    loggers = [
+        logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning", "mlflow", "alembic")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
