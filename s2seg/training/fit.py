@@ -23,7 +23,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from s2seg.allocator import keep_freed_memory
-from s2seg.errors import InputError, S2SegWarning
+from s2seg.errors import InputError, ModelError, S2SegWarning
 from s2seg.models.spec import ModelSpec
 from s2seg.models.unet import build_network, pools_globally
 from s2seg.outputs._files import remove, replacing, writing
@@ -131,6 +131,7 @@ def fit(
     folder = Path(folder)
     machine = _machine(config)
     check_logs(config.logs)
+    _check_batch(config)
     with _reproducible(), _quiet():
         # also for a network that is trained in other processes: so that a mistake shows before they start
         module, data = _module(config, chips)
@@ -225,6 +226,25 @@ def _run_share(training: _Training, rank: int, tell: Tell) -> None:
 # -- what is trained --------------------------------------------------------------------------------------------------
 
 
+def check_fit(config: TrainConfig) -> None:
+    """Refuse, before any data are read, what cannot be trained here.
+
+    Raises
+    ------
+    InputError
+        For a machine or a log's package that is not there, or a batch that the devices cannot share.
+    ModelError
+        For a network that cannot be built or does not fit the chips, or starting weights that do not fit it.
+    """
+    _machine(config)
+    check_logs(config.logs)
+    _check_batch(config)
+    bands = len(config.channels)
+    with _reproducible():
+        spec = _spec(config, (0.0,) * bands, (1.0,) * bands, {})
+        start_from(build_network(spec), spec, config.network.weights)
+
+
 def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
     """Return what the configured network expects and answers: scaling from the training chips, geometry from itself.
 
@@ -233,28 +253,57 @@ def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
     Raises
     ------
     ModelError
-        For a network that cannot be built.
+        For a network that cannot be built, or does not answer a chip pixel by pixel.
     """
-    network = config.network
-    depth = 2 * network.stride if network.depth is None else network.depth
+    return _spec(config, tuple(map(float, chips.mean)), tuple(map(float, chips.std)), _provenance(config, chips))
+
+
+def _spec(
+    config: TrainConfig, mean: tuple[float, ...], std: tuple[float, ...], provenance: Mapping[str, Any]
+) -> ModelSpec:
+    network, size = config.network, config.chips.size
+    # said even where it is the default, so that layers beyond it are not built
+    levels = {"encoder_depth": network.levels} if network.levels < 5 else {}
     branch = {"full_resolution": network.full_resolution} if network.full_resolution else {}
     spec = ModelSpec(
         name=config.name,
         bands=config.channels,
         legend=config.legend,
-        mean=tuple(map(float, chips.mean)),
-        std=tuple(map(float, chips.std)),
-        architecture={"name": network.architecture, "encoder": network.encoder, **network.arguments, **branch},
+        mean=mean,
+        std=std,
+        architecture={
+            "name": network.architecture, "encoder": network.encoder, **levels, **network.arguments, **branch
+        },
         stride=network.stride,
-        depth=depth,
+        depth=2 * network.stride if network.depth is None else network.depth,
         seasons=config.seasons,
-        provenance=_provenance(config, chips),
-    )
-    if not pools_globally(build_network(spec).eval(), len(spec.bands)):
+        provenance=dict(provenance),
+    )  # fmt: skip
+    if not _is_bound_to_size(spec, size):
         return spec
-    size = config.chips.size
     inside = (size - 1) // 2 // spec.stride * spec.stride  # so that something is left between two depths
-    return replace(spec, global_context=True, window=size, depth=min(depth, inside))
+    return replace(spec, global_context=True, window=size, depth=min(spec.depth, inside))
+
+
+def _is_bound_to_size(spec: ModelSpec, size: int) -> bool:
+    """Whether the network's answers depend on the window's size; raise where it has none for a chip at all."""
+    network, name = build_network(spec).eval(), f"{spec.architecture['name']} with {spec.architecture['encoder']}"
+    try:
+        with torch.no_grad():
+            answer = network(torch.zeros(1, len(spec.bands), size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:  # how libraries put that a size does not suit them
+        reason = " ".join(str(error).split())
+        raise ModelError(spec.name, f"{name} takes no chips of {size} px ({reason}): change chips.size") from error
+    if answer.shape[2:] != (size, size):
+        raise ModelError(
+            spec.name,
+            f"{name} answers {size} px with {answer.shape[2]}: make encoder_depth and upsampling agree in "
+            "network.arguments",
+        )
+    try:
+        return pools_globally(network, len(spec.bands))
+    except (RuntimeError, ValueError, AssertionError):  # it is looked at in a small window, which some do not take
+        return True
 
 
 def _provenance(config: TrainConfig, chips: ChipStore) -> dict[str, Any]:
@@ -301,10 +350,14 @@ def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, 
     return module, ChipData(chips, train, validation, plan)
 
 
+def _check_batch(config: TrainConfig) -> None:
+    size, devices = config.fit.batch_size, config.fit.devices
+    if size % devices:
+        raise InputError(f"fit.batch_size: {size} cannot be shared evenly by {devices} devices")
+
+
 def _plan(config: TrainConfig, histogram: Any) -> EpochPlan:
     settings = config.fit
-    if settings.batch_size % settings.devices:
-        raise InputError(f"fit.batch_size: {settings.batch_size} cannot be shared evenly by {settings.devices} devices")
     weights = chip_weights(histogram) if settings.sampling == "balanced" else None
     return EpochPlan(len(histogram), settings.batch_size, settings.steps_per_epoch, settings.seed, weights)
 

@@ -18,7 +18,7 @@ from s2seg.training.chips import ChipStore, open_chips, write_chips
 from s2seg.training.config import TilesConfig, TrainConfig, load_config
 from s2seg.training.cutting import Place
 from s2seg.training.evaluate import Evaluation, Progress, baseline, evaluate, silent, write_evaluation
-from s2seg.training.fit import FitResult, fit
+from s2seg.training.fit import FitResult, check_fit, fit
 from s2seg.training.fit import Progress as FitProgress
 from s2seg.training.regions import chip_spec, open_regions, split_spec, warn_of_empty_classes
 from s2seg.training.split_map import draw_split, draw_tiles
@@ -170,6 +170,7 @@ def train(
     """
     folder, report = Path(output), on_progress or silent
     _check_folder(folder, config, resume, overwrite)
+    check_fit(config)
     places, store = prepare(config, chips or folder / CHIPS, overwrite=overwrite and not resume and chips is None,
                              on_progress=on_progress)  # fmt: skip
     with writing(folder):
