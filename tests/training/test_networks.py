@@ -49,7 +49,7 @@ def chips(tmp_path_factory):
         (network("Unet", decoder_attention_type="scse", encoder_depth=3, decoder_channels=[32, 16, 16]), 8, 64),
         (network("UnetPlusPlus", **SMALL), 8, None),
         (network("MAnet", **SMALL), 8, 64),
-        (network("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=16), 32, 64),
+        (network("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32), 32, 64),
         (network("DeepLabV3Plus", decoder_channels=32), 32, 64),
         (network("Segformer", "mit_b0"), 32, 64),
         (network("PSPNet"), 8, 64),  # three levels by default
