@@ -79,7 +79,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}): train anew, without --resume"
+            f"checkpoint {path} cannot be read ({type(error).__name__}): train anew, with --overwrite"
         ) from error
     return content
 

@@ -357,7 +357,7 @@ def _explain(details: ErrorDetails) -> str:
 def _wording(details: ErrorDetails, location: tuple[int | str, ...]) -> str:
     kind, given = details["type"], details["input"]
     if kind == "extra_forbidden":
-        return f"unknown key, {_suggest(str(location[-1]), _keys_at(location[:-1]))}"
+        return f"unknown key, {_suggest_key(str(location[-1]), location[:-1])}"
     if kind == "literal_error":
         known = re.findall("'([^']*)'", details["ctx"]["expected"])
         return f"unknown {given!r}: {_suggest(str(given), known)}"
@@ -381,6 +381,15 @@ def _keys_at(location: tuple[int | str, ...]) -> tuple[str, ...]:
         elif step == "<vector>":
             model = VectorLabelsConfig
     return tuple(model.model_fields)
+
+
+def _suggest_key(name: str, location: tuple[int | str, ...]) -> str:
+    """Name the key that was meant: the same one in the section where it belongs, or one like it here."""
+    if not location:
+        for section, field in TrainConfig.model_fields.items():
+            if any(name in model.model_fields for model in _sections(field.annotation)):
+                return f"did you mean {section}.{name}?"
+    return _suggest(name, _keys_at(location))
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import logging
+import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from s2seg.allocator import keep_freed_memory
-from s2seg.errors import InputError, S2SegWarning
+from s2seg.errors import InputError, ModelError, S2SegWarning
 from s2seg.models.spec import ModelSpec
 from s2seg.models.unet import build_network, pools_globally
 from s2seg.outputs._files import remove, replacing, writing
@@ -28,19 +32,19 @@ from s2seg.training.checkpoints import BEST, FOLDER, LAST, BestAndLast, WholeFil
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
 from s2seg.training.data import ChipData
+from s2seg.training.logs import LOGS, check_logs, open_logs, run_ids
 from s2seg.training.losses import build_loss
 from s2seg.training.module import Descent, SegmentationModule
+from s2seg.training.processes import Tell, run_processes
 from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
 from s2seg.training.weights import start_from
 
-LOGS = "logs"
 _SCORES = ("train_loss", "val_loss", "val_mean_iou", "val_accuracy")
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
     # Lightning 2.6 asks torch 2.14 in a way that goes out of use
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
 )
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,13 @@ def fit(
         Go on after the last whole epoch of a training that was interrupted, at any moment and in any way; the result
         is that of a training without interruption, to the bit on a CPU.
     on_progress
-        Called after every batch and at the end of every epoch; may raise to end the training. Not called where several
-        devices train in processes of their own.
+        Called after every batch and at the end of every epoch; may raise to end the training.
 
     Raises
     ------
     InputError
         For chips without training or validation part, a log whose package is missing, a machine that is not there, a
-        loss that is not a number, or a checkpoint of another configuration.
+        loss that is not a number, a checkpoint of another configuration, or a process that was ended from outside.
     ModelError
         For a network that cannot be built, or starting weights that do not fit.
     OutputError
@@ -127,34 +130,119 @@ def fit(
     """
     folder = Path(folder)
     machine = _machine(config)
-    loggers = _loggers(config, folder)
+    check_logs(config.logs)
+    _check_batch(config)
     with _reproducible(), _quiet():
+        # also for a network that is trained in other processes: so that a mistake shows before they start
         module, data = _module(config, chips)
-        recorder = _Recorder(config, folder / LOGS, data, on_progress if config.fit.devices == 1 else None)
         keeper = BestAndLast((folder / FOLDER).absolute(), config.fit.patience)
         start = _last_checkpoint(config, keeper.folder, resume)
+        if start is None:
+            _clear(folder)
         if start is None or not _is_over(config, keeper, start):
-            if start is None:
-                _clear(folder)
-            trainer = pl.Trainer(
-                **machine,
-                max_epochs=config.fit.epochs,
-                accumulate_grad_batches=config.fit.accumulate,
-                logger=loggers or False,
-                callbacks=[recorder, keeper],
-                plugins=[WholeFiles()],
-                default_root_dir=folder,
-                log_every_n_steps=1,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(module, datamodule=data, ckpt_path=None if start is None else keeper.folder / LAST)
+            done, runs = (0, {}) if start is None else (_epochs(start), _runs(start))
+            training = _Training(config, chips, folder, machine, done, runs)
+            if config.fit.devices == 1:
+                with open_logs(config, folder / LOGS, runs) as loggers:
+                    training.run(module, data, loggers, on_progress or _silent)
+            else:
+                _run_processes(training, on_progress or _silent)
     return _result(module, keeper)
 
 
+@dataclass(frozen=True)
+class _Training:
+    """What a process is to do; it is pickled for one of several."""
+
+    config: TrainConfig
+    chips: ChipStore
+    folder: Path
+    machine: Mapping[str, Any]
+    epochs_done: int
+    log_runs: Mapping[str, str]
+
+    def run(
+        self,
+        module: SegmentationModule,
+        data: ChipData,
+        loggers: Mapping[str, Logger],
+        on_progress: Callable[[Progress], None],
+        strategy: str | Strategy = "auto",
+    ) -> None:
+        """Train from the last checkpoint or from the beginning."""
+        if self.machine["accelerator"] == "cpu":
+            keep_freed_memory()
+        settings = self.config.fit
+        keeper = BestAndLast((self.folder / FOLDER).absolute(), settings.patience)
+        recorder = _Recorder(self.config, self.folder / LOGS, data, on_progress, run_ids(loggers))
+        trainer = pl.Trainer(
+            **self.machine,
+            strategy=strategy,
+            max_epochs=settings.epochs,
+            accumulate_grad_batches=settings.accumulate,
+            logger=list(loggers.values()) or False,
+            callbacks=[recorder, keeper],
+            plugins=[WholeFiles()],
+            default_root_dir=self.folder,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with _interruptible():
+            trainer.fit(module, datamodule=data, ckpt_path=keeper.folder / LAST if self.epochs_done else None)
+
+
+def _run_processes(training: _Training, on_progress: Callable[[Progress], None]) -> None:
+    """Train in one process per device of this machine."""
+    devices = training.config.fit.devices
+    environment = {
+        # what Lightning asks to know of processes that it did not start
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_network_port()),
+        "NODE_RANK": "0",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP complains of weights that may be unused once all of them are used
+    }
+    if training.machine["accelerator"] == "cpu":
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
+    run_processes(partial(_run_share, training), devices, on_progress, environment)
+
+
+def _run_share(training: _Training, rank: int, tell: Tell) -> None:
+    """Train as one of several processes."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    with _reproducible(), _quiet():
+        module, data = _module(training.config, training.chips)
+        # weights may have no gradient: those of a frozen encoder, and of layers that nothing uses
+        strategy = DDPStrategy(cluster_environment=LightningEnvironment(), find_unused_parameters=True)
+        logs: AbstractContextManager[dict[str, Logger]] = nullcontext({})
+        if rank == 0:
+            logs = open_logs(training.config, training.folder / LOGS, training.log_runs)
+        with logs as loggers:
+            training.run(module, data, loggers, tell, strategy)
+
+
 # -- what is trained --------------------------------------------------------------------------------------------------
+
+
+def check_fit(config: TrainConfig) -> None:
+    """Refuse, before any data are read, what cannot be trained here.
+
+    Raises
+    ------
+    InputError
+        For a machine or a log's package that is not there, or a batch that the devices cannot share.
+    ModelError
+        For a network that cannot be built or does not fit the chips, or starting weights that do not fit it.
+    """
+    _machine(config)
+    check_logs(config.logs)
+    _check_batch(config)
+    bands = len(config.channels)
+    with _reproducible():
+        spec = _spec(config, (0.0,) * bands, (1.0,) * bands, {})
+        start_from(build_network(spec), spec, config.network.weights)
 
 
 def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
@@ -165,28 +253,57 @@ def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
     Raises
     ------
     ModelError
-        For a network that cannot be built.
+        For a network that cannot be built, or does not answer a chip pixel by pixel.
     """
-    network = config.network
-    depth = 2 * network.stride if network.depth is None else network.depth
+    return _spec(config, tuple(map(float, chips.mean)), tuple(map(float, chips.std)), _provenance(config, chips))
+
+
+def _spec(
+    config: TrainConfig, mean: tuple[float, ...], std: tuple[float, ...], provenance: Mapping[str, Any]
+) -> ModelSpec:
+    network, size = config.network, config.chips.size
+    # said even where it is the default, so that layers beyond it are not built
+    levels = {"encoder_depth": network.levels} if network.levels < 5 else {}
     branch = {"full_resolution": network.full_resolution} if network.full_resolution else {}
     spec = ModelSpec(
         name=config.name,
         bands=config.channels,
         legend=config.legend,
-        mean=tuple(map(float, chips.mean)),
-        std=tuple(map(float, chips.std)),
-        architecture={"name": network.architecture, "encoder": network.encoder, **network.arguments, **branch},
+        mean=mean,
+        std=std,
+        architecture={
+            "name": network.architecture, "encoder": network.encoder, **levels, **network.arguments, **branch
+        },
         stride=network.stride,
-        depth=depth,
+        depth=2 * network.stride if network.depth is None else network.depth,
         seasons=config.seasons,
-        provenance=_provenance(config, chips),
-    )
-    if not pools_globally(build_network(spec).eval(), len(spec.bands)):
+        provenance=dict(provenance),
+    )  # fmt: skip
+    if not _is_bound_to_size(spec, size):
         return spec
-    size = config.chips.size
     inside = (size - 1) // 2 // spec.stride * spec.stride  # so that something is left between two depths
-    return replace(spec, global_context=True, window=size, depth=min(depth, inside))
+    return replace(spec, global_context=True, window=size, depth=min(spec.depth, inside))
+
+
+def _is_bound_to_size(spec: ModelSpec, size: int) -> bool:
+    """Whether the network's answers depend on the window's size; raise where it has none for a chip at all."""
+    network, name = build_network(spec).eval(), f"{spec.architecture['name']} with {spec.architecture['encoder']}"
+    try:
+        with torch.no_grad():
+            answer = network(torch.zeros(1, len(spec.bands), size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:  # how libraries put that a size does not suit them
+        reason = " ".join(str(error).split())
+        raise ModelError(spec.name, f"{name} takes no chips of {size} px ({reason}): change chips.size") from error
+    if answer.shape[2:] != (size, size):
+        raise ModelError(
+            spec.name,
+            f"{name} answers {size} px with {answer.shape[2]}: make encoder_depth and upsampling agree in "
+            "network.arguments",
+        )
+    try:
+        return pools_globally(network, len(spec.bands))
+    except (RuntimeError, ValueError, AssertionError):  # it is looked at in a small window, which some do not take
+        return True
 
 
 def _provenance(config: TrainConfig, chips: ChipStore) -> dict[str, Any]:
@@ -211,6 +328,10 @@ def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, 
     for part, indices in (("training", train), ("validation", validation)):
         if not len(indices):
             raise InputError(f"there is no chip for {part}: change split.seed, split.block or the chips' filters")
+    if len(validation) < config.fit.devices:
+        raise InputError(
+            f"fit.devices: {len(validation)} validation chips are too few for {config.fit.devices} devices"
+        )
     plan = _plan(config, chips.histogram[train])
     torch.manual_seed(config.fit.seed)
     spec = build_spec(config, chips)
@@ -229,10 +350,14 @@ def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, 
     return module, ChipData(chips, train, validation, plan)
 
 
+def _check_batch(config: TrainConfig) -> None:
+    size, devices = config.fit.batch_size, config.fit.devices
+    if size % devices:
+        raise InputError(f"fit.batch_size: {size} cannot be shared evenly by {devices} devices")
+
+
 def _plan(config: TrainConfig, histogram: Any) -> EpochPlan:
     settings = config.fit
-    if settings.batch_size % settings.devices:
-        raise InputError(f"fit.batch_size: {settings.batch_size} cannot be shared evenly by {settings.devices} devices")
     weights = chip_weights(histogram) if settings.sampling == "balanced" else None
     return EpochPlan(len(histogram), settings.batch_size, settings.steps_per_epoch, settings.seed, weights)
 
@@ -279,21 +404,18 @@ def _machine(config: TrainConfig) -> dict[str, Any]:
             f"fit.devices: {settings.devices} GPUs are asked for, torch sees {torch.cuda.device_count()}; "
             "set fit.accelerator to cpu, or fit.devices lower"
         )
+    if kind == "mps" and settings.devices > 1:
+        raise InputError(f"fit.devices: there is one mps device, not {settings.devices}")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("fit.accelerator: torch sees no mps device here; set it to auto")
     if settings.precision == "float16" and kind != "gpu":
         raise InputError("fit.precision: float16 needs a GPU; use auto, bfloat16 or float32")
-    if kind == "cpu":
-        keep_freed_memory()
     precision = settings.precision
     if precision == "auto":
         precision = "bfloat16" if _fast_bfloat16(kind) else "float32"
     return {
         "accelerator": kind,
         "devices": settings.devices,
-        # spawned, because the other way starts the whole command again in every process, with all that it writes;
-        # unused, because encoders of less than full depth keep layers that nothing passes through
-        "strategy": "ddp_spawn_find_unused_parameters_true" if settings.devices > 1 else "auto",
         "precision": _PRECISIONS[precision],
         # a GPU has no deterministic form of cross entropy over pixels
         "deterministic": kind == "cpu",
@@ -308,32 +430,24 @@ def _fast_bfloat16(kind: str) -> bool:
     return kind == "cpu" and bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
 
 
-def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    for name in config.logs:
-        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise InputError(f"logs: {name} needs the package {_PACKAGES[name]} (pip install {_PACKAGES[name]})")
-    make: dict[str, Callable[[], Logger]] = {
-        "tensorboard": lambda: TensorBoardLogger(folder / LOGS, name="tensorboard", version=""),
-        "wandb": lambda: WandbLogger(project="s2seg", name=config.name, save_dir=folder / LOGS),
-        "mlflow": lambda: MLFlowLogger(
-            experiment_name="s2seg", run_name=config.name, save_dir=str(folder / LOGS / "mlflow")
-        ),
-    }
-    return [make[name]() for name in config.logs if name in make]
-
-
 class _Recorder(pl.Callback):
     """Keep the history, across restarts too; write it as CSV; tell how far the training is."""
 
     state_key = "s2seg_history"
 
     def __init__(
-        self, config: TrainConfig, folder: Path, data: ChipData, on_progress: Callable[[Progress], None] | None
+        self,
+        config: TrainConfig,
+        folder: Path,
+        data: ChipData,
+        on_progress: Callable[[Progress], None],
+        log_runs: Mapping[str, str],
     ) -> None:
         self.history: list[dict[str, float]] = []
+        self._log_runs = dict(log_runs)
         self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
         self._csv = folder / "history.csv" if "csv" in config.logs else None
-        self._data, self._on_progress = data, on_progress or _silent
+        self._data, self._on_progress = data, on_progress
         self._started = self._waited = self._learning_rate = 0.0
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -370,7 +484,7 @@ class _Recorder(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart."""
-        return {"history": self.history, "fingerprint": self._fingerprint}
+        return {"history": self.history, "fingerprint": self._fingerprint, "log_runs": self._log_runs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
@@ -406,9 +520,19 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
     return states
 
 
+def _epochs(states: dict[str, Any]) -> int:
+    """How many epochs were trained before the checkpoint with these states of the callbacks."""
+    return len(states[_Recorder.state_key]["history"])
+
+
+def _runs(states: dict[str, Any]) -> dict[str, str]:
+    """Where the logs of that training are."""
+    return dict(states[_Recorder.state_key].get("log_runs", {}))
+
+
 def _is_over(config: TrainConfig, keeper: BestAndLast, states: dict[str, Any]) -> bool:
     """Whether the interrupted training had come to its end, by its epochs or its patience."""
-    epochs = len(states[_Recorder.state_key]["history"])
+    epochs = _epochs(states)
     keeper.load_state_dict(states[keeper.state_key])
     return epochs >= config.fit.epochs or keeper.gives_up(epochs - 1)
 
@@ -436,9 +560,24 @@ def _reproducible() -> Iterator[None]:
 
 
 @contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise Ctrl-C as what it is, where Lightning ends the program and leaves it deaf to any further one."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from stop
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Lightning from advertising and from telling about devices; warnings pass, but for what it cannot know."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    loggers = [
+        logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning", "mlflow", "alembic")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

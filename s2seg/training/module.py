@@ -24,6 +24,10 @@ _MOMENTUM = 0.9  # of sgd
 _PLATEAU = {"factor": 0.3, "patience": 3}  # epochs without a better mean IoU, and what the rate is multiplied by then
 
 
+class DivergedError(InputError):
+    """The loss of a training is no longer a number."""
+
+
 @dataclass(frozen=True)
 class Descent:
     """How the weights move.
@@ -178,12 +182,12 @@ class SegmentationModule(pl.LightningModule):
 
         Raises
         ------
-        InputError
+        DivergedError
             Saying what may help.
         """
         for name in ("train_loss", "val_loss"):
             if not bool(torch.isfinite(self.trainer.callback_metrics[name])):
-                raise InputError(
+                raise DivergedError(
                     f"{name} is not a number in epoch {self.current_epoch + 1}: lower optimizer.learning_rate, "
                     "or set fit.precision to float32"
                 )

@@ -14,11 +14,13 @@ from s2seg.assess.scores import Scores
 from s2seg.errors import InputError, OutputError
 from s2seg.models.bundle import SPEC_FILE, ModelBundle, load_model, save_bundle
 from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.training.checkpoints import FOLDER as CHECKPOINTS
+from s2seg.training.checkpoints import LAST
 from s2seg.training.chips import ChipStore, open_chips, write_chips
 from s2seg.training.config import TilesConfig, TrainConfig, load_config
 from s2seg.training.cutting import Place
 from s2seg.training.evaluate import Evaluation, Progress, baseline, evaluate, silent, write_evaluation
-from s2seg.training.fit import FitResult, fit
+from s2seg.training.fit import FitResult, check_fit, fit
 from s2seg.training.fit import Progress as FitProgress
 from s2seg.training.regions import chip_spec, open_regions, split_spec, warn_of_empty_classes
 from s2seg.training.split_map import draw_split, draw_tiles
@@ -170,6 +172,7 @@ def train(
     """
     folder, report = Path(output), on_progress or silent
     _check_folder(folder, config, resume, overwrite)
+    check_fit(config)
     places, store = prepare(config, chips or folder / CHIPS, overwrite=overwrite and not resume and chips is None,
                              on_progress=on_progress)  # fmt: skip
     with writing(folder):
@@ -182,6 +185,8 @@ def train(
         draw_tiles(store, folder / "split.png", overwrite=True)
 
     def step(progress: FitProgress) -> None:
+        if progress.row is not None:
+            return  # its last batch was told already
         done = (progress.epoch - 1) * progress.steps + progress.step
         report("train", done, progress.epochs * progress.steps)
 
@@ -208,14 +213,20 @@ def train(
 def _check_folder(folder: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
     """Refuse to mix two trainings in one folder."""
     check_writable(folder / SPEC_FILE, overwrite=True)
-    if resume or overwrite:
+    if overwrite and not resume:
         return
-    for name in (SPEC_FILE, "checkpoints"):
+    settings = folder / CONFIG_FILE
+    other = settings.exists() and load_config(settings).fingerprint() != config.fingerprint()
+    if resume:
+        if other and (folder / CHECKPOINTS / LAST).exists():  # said before that training's settings are written over
+            raise InputError(f"{folder} holds another configuration's training: go on with {settings}")
+        return
+    for name in (SPEC_FILE, CHECKPOINTS):
         if (folder / name).exists():
             raise OutputError(
                 str(folder), f"{name} is there already; pass --resume to go on, or --overwrite to replace"
             )
-    if (folder / CONFIG_FILE).exists() and load_config(folder / CONFIG_FILE).fingerprint() != config.fingerprint():
+    if other:
         raise OutputError(str(folder), "it holds another configuration's training; pass --overwrite to replace it")
 
 

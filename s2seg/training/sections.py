@@ -263,6 +263,10 @@ class ChipsConfig(Section):
         return self
 
 
+_LEVELS = {"pspnet": 3, "dpt": 4}
+"""Of segmentation_models_pytorch's architectures by default, where these are not 5."""
+
+
 class NetworkConfig(Section):
     """What is trained."""
 
@@ -293,9 +297,14 @@ class NetworkConfig(Section):
         return value
 
     @property
+    def levels(self) -> int:
+        """Of the encoder; each halves the resolution."""
+        return int(self.arguments.get("encoder_depth", _LEVELS.get(self.architecture.lower(), 5)))
+
+    @property
     def stride(self) -> int:
         """Total downsampling, 2 to the number of the encoder's levels: sides of windows are its multiples."""
-        return int(2 ** self.arguments.get("encoder_depth", 5))
+        return int(2**self.levels)
 
 
 class OptimizerConfig(Section):

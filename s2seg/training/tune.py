@@ -6,7 +6,7 @@ import csv
 import functools
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from s2seg.training.checkpoints import MONITOR
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
 from s2seg.training.fit import Progress, fit
+from s2seg.training.module import DivergedError
+from s2seg.training.weights import IMAGENET
 
 if TYPE_CHECKING:
     import optuna
@@ -119,7 +121,7 @@ def tune(
     """Search for the settings with the highest ``val_mean_iou``; the test part is not looked at.
 
     Optuna's tree-structured Parzen estimator chooses. A trial that after three epochs or more does worse than the
-    median of those before it did at the same epoch is ended early.
+    median of those before it did at the same epoch is ended early, as is one whose loss is no longer a number.
 
     Parameters
     ----------
@@ -136,7 +138,7 @@ def tune(
     timeout
         Seconds after which no further trial begins.
     space
-        What may be chosen.
+        What may be chosen; by default the usual choices, and those of ``config``.
     on_progress
         Called with the trial's number and where its training stands.
 
@@ -148,7 +150,7 @@ def tune(
         What a training raises: a choice that cannot be trained ends the search.
     """
     optuna = _optuna()
-    folder, space = Path(folder), space or SearchSpace()
+    folder, space = Path(folder), space or _usual_space(config)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     chips = functools.cache(lambda size: chips_for(_changed(config, {"chip_size": size})))
@@ -164,9 +166,11 @@ def tune(
                 if progress.epoch < progress.epochs and trial.should_prune():
                     raise optuna.TrialPruned
 
-        place = folder / "trials" / f"{trial.number:04d}"
+        place = _place(folder, trial.number)
         try:
             result = fit(chosen, chips(chosen.chips.size), place, on_progress=report)
+        except DivergedError as error:  # as bad as settings can be, which is worth knowing
+            raise optuna.TrialPruned from error
         finally:  # only the settings matter: the weights of many trials would fill the disk
             remove(place / CHECKPOINTS, ignore_errors=True)
         return result.history[result.best_epoch - 1][MONITOR]
@@ -178,6 +182,21 @@ def tune(
             _changed(config, {"chip_size": size})  # raises before hours are spent
         study.optimize(objective, n_trials=missing, timeout=timeout, callbacks=[lambda s, _: _write_table(folder, s)])
     return _summary(config, folder, study)
+
+
+def _usual_space(config: TrainConfig) -> SearchSpace:
+    usual, network, size = SearchSpace(), config.network, config.fit.batch_size
+    # weights from a file fit one encoder only
+    others = usual.encoders if network.weights in (None, IMAGENET) else ()
+    return replace(
+        usual,
+        encoders=tuple(dict.fromkeys((network.encoder, *others))),
+        batch_sizes=tuple(sorted({size, *usual.batch_sizes})),
+    )
+
+
+def _place(folder: Path, number: int) -> Path:
+    return folder / "trials" / f"{number:04d}"
 
 
 def _optuna() -> Any:
@@ -209,6 +228,7 @@ def _study(config: TrainConfig, folder: Path, space: SearchSpace) -> optuna.Stud
         study.enqueue_trial(_start(config, space))
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        remove(_place(folder, trial.number) / CHECKPOINTS, ignore_errors=True)
         study.enqueue_trial(trial.params)
     # a seed of its own for each run of the search: the same draws again would bring nothing new
     study.sampler = optuna.samplers.TPESampler(seed=config.fit.seed + len(study.trials))
@@ -230,7 +250,12 @@ def _suggest(trial: optuna.Trial, space: SearchSpace) -> dict[str, Any]:
     }
     if space.chip_sizes:
         settings["chip_size"] = trial.suggest_categorical("chip_size", space.chip_sizes)
-    return settings
+    return _readable(settings)
+
+
+def _readable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Three digits of the learning rate: what a person would write, and as good."""
+    return {name: float(f"{v:.3g}") if name == "learning_rate" else v for name, v in settings.items()}
 
 
 def _start(config: TrainConfig, space: SearchSpace) -> dict[str, Any]:
@@ -275,7 +300,7 @@ def _mix(region: str, share: float) -> str:
 def _trials(study: optuna.Study) -> tuple[Trial, ...]:
     return tuple(
         # a pruned trial's value is that of its last epoch
-        Trial(t.number, t.state.name.lower(), max(t.intermediate_values.values(), default=None), dict(t.params))
+        Trial(t.number, t.state.name.lower(), max(t.intermediate_values.values(), default=None), _readable(t.params))
         for t in study.trials
     )
 

@@ -134,6 +134,7 @@ def test_fingerprints_change_with_what_they_stand_for(load):
     ("override", "says"),
     [
         ("fit.epoch=3", "fit.epoch: unknown key, did you mean epochs?"),
+        ("epochs=3", "epochs: unknown key, did you mean fit.epochs?"),
         ("zzz=3", "zzz: unknown key, choose name, legend"),
         ("areas.0.labels.rastr=2", "areas.0.labels.rastr: unknown key, did you mean raster?"),
         (

@@ -10,7 +10,7 @@ import torch
 
 from s2seg.assess.scores import Scores
 from s2seg.errors import InputError, OutputError, S2SegWarning
-from s2seg.training import checkpoints
+from s2seg.training import checkpoints, logs
 from s2seg.training import fit as fitting
 from s2seg.training.checkpoints import load_checkpoint
 from s2seg.training.fit import build_spec, fit
@@ -211,16 +211,8 @@ def test_a_network_that_pools_globally_is_bound_to_the_chips_size(chips):
     ],
 )
 def test_mistakes(chips, tmp_path, monkeypatch, changes, message):
-    real = fitting.importlib.util.find_spec
-    monkeypatch.setattr(fitting.importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
+    real = logs.importlib.util.find_spec
+    monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
     with pytest.raises(InputError, match=message):
         fit(toy_config(**changes), chips, tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_two_processes_train_one_network(chips, tmp_path):
-    config = toy_config(fit={"epochs": 2, "devices": 2}, optimizer={"freeze_encoder": 1})
-    result = fit(config, chips, tmp_path)
-    assert [row["step"] for row in result.history] == [4, 8]
-    assert result.history[1]["train_loss"] < result.history[0]["train_loss"]
-    assert same(result.network.state_dict(), fit(config, chips, tmp_path, resume=True).network.state_dict())

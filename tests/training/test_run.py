@@ -110,6 +110,10 @@ def test_a_folder_holds_one_training(
     with pytest.raises(InputError, match="another configuration"):
         train(other, tmp_path / "m", chips=folder / "chips.zarr")
     assert (folder / "model.json").read_bytes() == before
+    settings = (folder / "config.yaml").read_bytes()
+    with pytest.raises(InputError, match=r"another configuration's training: go on with .*config.yaml"):
+        train(other, folder, resume=True)
+    assert (folder / "config.yaml").read_bytes() == settings
     assert train(config, folder, resume=True).model.sha256 == load_model(folder).sha256
 
 

@@ -7,6 +7,7 @@ from s2seg.errors import InputError
 from s2seg.training import tune as tuning
 from s2seg.training.config import load_config
 from s2seg.training.fit import FitResult, Progress
+from s2seg.training.module import DivergedError
 from s2seg.training.tune import SearchSpace, tune
 from tests.training.toy import toy_chips, toy_config
 
@@ -73,9 +74,36 @@ def test_a_trial_that_a_kill_left_behind_is_tried_again(trained, tmp_path):
     tune(CONFIG, size_of, tmp_path, trials=1, space=SPACE)
     trial = tuning._study(CONFIG, tmp_path, SPACE).ask()
     left = tuning._suggest(trial, SPACE)
+    weights = tmp_path / "trials" / "0001" / "checkpoints" / "last.ckpt"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
     result = tune(CONFIG, size_of, tmp_path, trials=2, space=SPACE)
     assert [t.state for t in result.trials] == ["complete", "fail", "complete"]
     assert result.trials[2].settings == left
+    assert not weights.exists()
+
+
+def test_settings_that_diverge_are_pruned_and_the_search_goes_on(trained, tmp_path, monkeypatch):
+    works = tuning.fit
+
+    def fit(config, chips, folder, *, on_progress):
+        if not trained:
+            trained.append(config)
+            raise DivergedError("train_loss is not a number in epoch 1")
+        return works(config, chips, folder, on_progress=on_progress)
+
+    monkeypatch.setattr(tuning, "fit", fit)
+    result = tune(CONFIG, size_of, tmp_path, trials=3, space=SPACE)
+    assert [t.state for t in result.trials] == ["pruned", "complete", "complete"]
+    assert result.trials[0].score is None
+
+
+def test_the_usual_choices_hold_the_configured_ones(tmp_path):
+    own = tuning._usual_space(toy_config(network={"encoder": "vgg11"}))
+    assert own.encoders == ("vgg11", *SearchSpace().encoders)
+    assert own.batch_sizes == (4, 8, 16, 32)
+    fixed = tuning._usual_space(toy_config(network={"encoder": "resnet18", "weights": str(tmp_path)}))
+    assert fixed.encoders == ("resnet18",)
 
 
 def test_real_trainings(tmp_path):
