@@ -1,16 +1,13 @@
 """Read the pixels of one asset onto a grid, as plainly as its geometry allows.
 
-stackstac builds the graph and calls :class:`AssetReader` for each chunk and asset. Most Sentinel-2 reads need no warp:
-the asset's grid is the target grid, or a whole multiple or fraction of it (10, 20 and 60 m). Those are read directly,
-which takes about half the time of a warp; everything else goes through GDAL's warper.
+stackstac builds the graph and asks for each asset of a chunk (:mod:`s2seg.sources.ahead`). Most Sentinel-2 reads need
+no warp: the asset's grid is the target grid, or a whole multiple or fraction of it (10, 20 and 60 m). Those are read
+directly, which takes about half the time of a warp; everything else goes through GDAL's warper.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import Any, Literal
@@ -26,12 +23,12 @@ from rasterio.windows import Window
 
 from s2seg.errors import ReadError
 from s2seg.sources.catalogs import load_signer
+from s2seg.sources.handles import Handles
 from s2seg.sources.radiometry import harmonize
 
 ATTEMPTS = 3
 """How often a read is tried; GDAL's own HTTP retries come on top."""
 
-_OPEN_PER_THREAD = 64
 _ALIGNED = 1e-3
 """Two grids count as aligned when they differ by less than this share of a pixel."""
 
@@ -80,62 +77,17 @@ class AssetRef:
     sign: str | None = None
 
     @property
+    def remote(self) -> bool:
+        """Whether a read waits for a network."""
+        return self.href.startswith(REMOTE)
+
+    @property
     def categorical(self) -> bool:
         """Whether pixel values are codes, which must never be averaged."""
         return self.band == "scl"
 
 
-class _Handles(threading.local):
-    """Open datasets of this thread, the least recently used closed first (GDAL handles are not shared)."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, rasterio.DatasetReader] = OrderedDict()
-
-    def get(self, href: str, sign: Callable[[str], str] | None) -> rasterio.DatasetReader:
-        if href in self._open:
-            self._open.move_to_end(href)
-            return self._open[href]
-        dataset = rasterio.open(sign(href) if sign else href)
-        self._open[href] = dataset
-        if len(self._open) > _OPEN_PER_THREAD:
-            self._open.popitem(last=False)[1].close()
-        return dataset
-
-    def drop(self, href: str) -> None:
-        dataset = self._open.pop(href, None)
-        if dataset is not None:
-            dataset.close()
-
-
-_handles = _Handles()
-
-
-class AssetReader:
-    """stackstac's reader protocol over :func:`read_window`.
-
-    Parameters
-    ----------
-    url
-        The :class:`AssetRef` (stackstac passes on what its table holds).
-    spec
-        stackstac's ``RasterSpec``: the target grid.
-    """
-
-    def __init__(self, *, url: AssetRef, spec: Any, **_: Any) -> None:
-        self.ref, self.spec = url, spec
-
-    def read(self, window: Window) -> npt.NDArray[np.uint16]:
-        """Pixels (rows, columns) of ``window``, in pixels of the target grid."""
-        return read_window(self.ref, self.spec.epsg, self.spec.transform, window)
-
-    def close(self) -> None:
-        """Nothing to do: handles belong to the thread, not to the reader."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+_local, _remote = Handles(idle=128), Handles(idle=1024)  # each local one holds a file of the system's open
 
 
 def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> npt.NDArray[np.uint16]:
@@ -162,17 +114,17 @@ def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> 
     """
     # a signed URL expires: the href is signed again with every attempt
     sign = load_signer(ref.sign) if ref.sign else None
-    remote = ref.href.startswith(REMOTE)
+    handles = _remote if ref.remote else _local
     for attempt in range(1, ATTEMPTS + 1):
+        again = attempt > 1
         # GDAL remembers a failed open; a new attempt must not be answered from that memory
-        fresh = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/"} if attempt > 1 else {}
+        fresh = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/"} if again else {}
         try:
-            with rasterio.Env(**GDAL_ENV, **fresh):
-                pixels = _read(_handles.get(ref.href, sign), ref, epsg, transform, window)
+            with rasterio.Env(**GDAL_ENV, **fresh), handles.lend(ref.href, sign, anew=again) as dataset:
+                pixels = _read(dataset, ref, epsg, transform, window)
             return harmonize(pixels, ref.subtract)
         except (RasterioError, OSError) as error:
-            _handles.drop(ref.href)
-            if attempt == ATTEMPTS or not remote:
+            if attempt == ATTEMPTS or not ref.remote:
                 raise ReadError(ref.item_id, ref.band, ref.href, _one_line(error)) from error
             time.sleep(2 ** (attempt - 1) * 0.5)
     raise AssertionError("unreachable")
