@@ -7,6 +7,7 @@ directly, which takes about half the time of a warp; everything else goes throug
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from math import ceil, floor
@@ -31,6 +32,14 @@ ATTEMPTS = 3
 
 _ALIGNED = 1e-3
 """Two grids count as aligned when they differ by less than this share of a pixel."""
+
+_MEANINGS = {
+    "code: 40[13]": "reading it is not allowed, or a signed link has expired",
+    "code: 404": "there is no such file",
+    "code: (429|503)": "the server wants fewer requests: go on later, or with fewer threads",
+    r"got \d+ bytes, expected": "the file or the answer is cut short",
+}
+"""Pattern in what GDAL says -> what it means."""
 
 REMOTE = ("http://", "https://", "s3://", "gs://", "az://", "/vsi")
 """How the hrefs of assets begin that lie elsewhere."""
@@ -131,8 +140,11 @@ def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> 
 
 
 def _one_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return " ".join(str(cause).split()) or type(cause).__name__
+    while error.__cause__ is not None:  # what GDAL said first says most
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    meaning = next((meaning for pattern, meaning in _MEANINGS.items() if re.search(pattern, text)), None)
+    return f"{text} ({meaning})" if meaning else text
 
 
 def _read(
