@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,7 +185,8 @@ def test_a_stack_from_afar_is_the_stack_of_the_files(store: Store, tmp_path: Pat
     store.content = Path(near.assets["red"].href).read_bytes()
     far.id = "far"
     grid_ = own_grid(near, "red")
-    got = stack([near, far], grid_, ["red"], chunksize=64, time_chunks=time_chunks).compute(num_workers=3)
+    lazy = pickle.loads(pickle.dumps(stack([near, far], grid_, ["red"], chunksize=64, time_chunks=time_chunks)))
+    got = lazy.compute(num_workers=3)
     assert got[0].values.any()
     np.testing.assert_array_equal(got[0].values, got[1].values)
 
