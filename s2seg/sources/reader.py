@@ -49,7 +49,8 @@ GDAL_ENV: dict[str, Any] = {
     "GDAL_HTTP_MAX_RETRY": 4,
     "GDAL_HTTP_RETRY_DELAY": 1,
     "GDAL_HTTP_CONNECTTIMEOUT": 20,
-    # an open is one request: in blocks of 256 px a full tile's header is 20 KB, more than the 16 KiB read by default
+    # an open is two requests, the size and the header: in blocks of 256 px a full tile's header is 20 KB, more than the
+    # 16 KiB read by default
     "GDAL_INGESTED_BYTES_AT_OPEN": 32768,
     # decoded blocks kept for the neighbouring chunk; GDAL's own default, 5 % of all memory, grows with the machine
     "GDAL_CACHEMAX": 128 * 2**20,
@@ -58,7 +59,9 @@ GDAL_ENV: dict[str, Any] = {
 
 What is not here won nothing where it was measured (HTTP/1.1 with 20 ms added to each request, as in ``python -m
 tests.bench read``): GDAL merges consecutive ranges by itself; HTTP/2 is left to curl; VSI_CACHE saves no request of a
-tiled file and copies local bytes once more; larger pieces (CPL_VSIL_CURL_CHUNK_SIZE) send 30 to 50 % more bytes.
+tiled file and copies local bytes once more; larger pieces (CPL_VSIL_CURL_CHUNK_SIZE) send 30 to 50 % more bytes;
+without asking for the size first (CPL_VSIL_CURL_USE_HEAD=NO) GDAL begins to fetch whole files, and breaks off; a cache
+of 64 MB (CPL_VSIL_CURL_CACHE_SIZE) saves 5 % of the bytes of six dates and takes 50 MB.
 """
 
 
