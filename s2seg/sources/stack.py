@@ -25,10 +25,11 @@ from stackstac.raster_spec import RasterSpec
 from stackstac.to_dask import items_to_dask
 
 from s2seg.errors import InputError, MissingBandError, S2SegWarning
+from s2seg.sources.ahead import AssetReader, Bounds, places
 from s2seg.sources.holdings import footprint
 from s2seg.sources.items import cloud_cover, epsg, sensing_time, sign_path
 from s2seg.sources.radiometry import Offset, decide_offsets
-from s2seg.sources.reader import AssetReader, AssetRef
+from s2seg.sources.reader import AssetRef
 
 Chunks = int | tuple[int, ...]
 
@@ -204,7 +205,7 @@ def _asset_table(
     return table
 
 
-def _asset_bounds(item: pystac.Item, asset: pystac.Asset, geobox: GeoBox) -> tuple[float, float, float, float]:
+def _asset_bounds(item: pystac.Item, asset: pystac.Asset, geobox: GeoBox) -> Bounds:
     """Bounds in the target CRS, a little too wide rather than too narrow."""
     own, code = epsg(item), epsg_of(geobox)
     affine, shape = asset.extra_fields.get("proj:transform"), asset.extra_fields.get("proj:shape")
@@ -221,13 +222,13 @@ def _asset_bounds(item: pystac.Item, asset: pystac.Asset, geobox: GeoBox) -> tup
     right, bottom = to_map @ (shape[1], shape[0])
     if own == code:
         return left, bottom, right, top
-    bounds: tuple[float, float, float, float] = transform_bounds(own, code, left, bottom, right, top, densify_pts=21)
+    bounds: Bounds = transform_bounds(own, code, left, bottom, right, top, densify_pts=21)
     return bounds
 
 
 def _lazy(table: np.ndarray[Any, Any], spec: RasterSpec, chunks: tuple[Any, ...]) -> da.Array:
     lazy: da.Array = items_to_dask(
-        table,
+        _in_batches(table, chunks[0]),
         spec,
         chunksize=chunks,
         dtype=np.dtype("uint16"),
@@ -236,6 +237,15 @@ def _lazy(table: np.ndarray[Any, Any], spec: RasterSpec, chunks: tuple[Any, ...]
         reader=AssetReader,
     )
     return lazy
+
+
+def _in_batches(table: np.ndarray[Any, Any], time_chunks: Chunks) -> np.ndarray[Any, Any]:
+    """Give each asset of stackstac's table its place among those that are read with it: one chunk of dates."""
+    (sizes,) = da.core.normalize_chunks(time_chunks, (len(table),))
+    for rows in np.split(table, np.cumsum(sizes)[:-1]):
+        held = rows["url"].astype(bool)
+        rows["url"][held] = places(rows["url"][held], rows["bounds"][held].tolist())
+    return table
 
 
 def _label(data: da.Array, items: Sequence[pystac.Item], bands: Sequence[str], geobox: GeoBox) -> xr.DataArray:

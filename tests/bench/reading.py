@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import re
 import statistics
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,21 +17,26 @@ from unittest.mock import patch
 import dask
 import dask.array as da
 import numpy as np
+import pystac
 import rasterio
 import stackstac
 from odc.geo.geobox import GeoBox
+from rasterio.shutil import copy
 from rasterio.windows import Window
 from rich.console import Console
 from rich.table import Table
 
-from s2seg.sources.reader import GDAL_ENV
+from s2seg.sources.reader import GDAL_ENV, close_files
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
 from tests.bench.fixtures import BANDS, BLOCK, DATES, WORLD, grid_of, scene
-from tests.bench.measuring import MEGA, THREADS, rounds, spread, timed
+from tests.bench.loopback import serving
+from tests.bench.measuring import MEGA, THREADS, fresh, gib, rounds, spread, timed
 
-DELAY = 0.02
-"""Seconds by which the server's every answer is late."""
+NETWORKS = (
+    ("http", 0.02, 2), ("http", 0.02, 4), ("http", 0.02, 8), ("http", 0.08, 4), ("http", 0.08, 8), ("s3", 0.02, 4),
+)  # fmt: skip
+"""What is read over: protocol, seconds by which every answer is late, threads."""
 
 
 def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
@@ -84,10 +84,11 @@ def read(catalog: Path, console: Console, repeats: int) -> dict[str, Any]:
     return speed
 
 
-def drain(data: da.Array) -> None:
-    """Compute every chunk and keep nothing, in threads of its own: files are opened anew, with no block decoded yet."""
+def drain(data: da.Array, threads: int = THREADS) -> None:
+    """Compute every chunk and keep nothing; files are opened anew, with no block decoded yet."""
+    close_files()
     few = data.map_blocks(lambda block: block[:1, :1, :1, :1].copy(), dtype=data.dtype, chunks=(1, 1, 1, 1))
-    with ThreadPoolExecutor(THREADS) as pool, dask.config.set(pool=pool):
+    with ThreadPoolExecutor(threads) as pool, dask.config.set(pool=pool):
         few.compute()
 
 
@@ -122,33 +123,58 @@ def plain_windows(hrefs: list[str], grid: GeoBox) -> None:
 def over_network(catalog: Path, console: Console, repeats: int) -> dict[str, Any]:
     """Read the scene block by block from a server on this machine that takes its time; nothing is left in a cache."""
     (item,) = search(catalog, WORLD, DATES)
-    grid, bucket = grid_of(catalog), catalog.parent.resolve()
+    grid, files = grid_of(catalog), published(catalog)
     chunks = -(-grid.shape[0] // BLOCK) * -(-grid.shape[1] // BLOCK)
-    files = {band: Path(item.assets[band].href).resolve() for band in BANDS}
+    pixels = grid.shape[0] * grid.shape[1] * len(files) / MEGA
     on_disk = sum(file.stat().st_size for file in files.values())
-    table = Table("from", "chunks", "s", "min-max", "requests", "per chunk and band", "MB sent", "MB per chunk",
-                  "of the files' bytes", title=f"{1000 * DELAY:.0f} ms added to each request: {grid.shape[0]} px, "
-                  f"{len(BANDS)} bands, {THREADS} threads")  # fmt: skip
+    table = Table("from", "ms late", "threads", "s", "min-max", "Mpx-band/s", "requests", "per chunk and band",
+                  "MB per chunk", "of the files' bytes", "peak GiB", title=f"{grid.shape[0]} px, {len(files)} bands in "
+                  f"{chunks} chunks, from a server whose every answer is late")  # fmt: skip
     figures: dict[str, Any] = {}
-    for kind in ("http", "s3"):
-        seconds = []
-        for _ in range(repeats):
-            # a new port, so that GDAL remembers nothing of the last time
-            with serving(bucket.parent) as (address, traffic), anonymous_s3(address):
-                root = "s3:/" if kind == "s3" else address
-                for band, file in files.items():
-                    item.assets[band].href = f"{root}/{bucket.name}/{file.relative_to(bucket)}"
-                seconds.append(timed(lambda: drain(stack([item], grid, list(BANDS), chunksize=BLOCK).data)))
-                requests, sent = traffic.requests, traffic.sent
-        figures[kind] = {
+    for kind, delay, threads in NETWORKS:
+        (seconds, requests, sent), peak = fresh(_from_afar, item.to_dict(), grid, files, kind, delay, threads, repeats)
+        figures[f"{kind} {1000 * delay:.0f} ms, {threads} threads"] = {
             "seconds": seconds, "chunks": chunks, "requests": requests, "bytes": sent, "files_bytes": on_disk,
+            "peak_bytes": peak,
         }  # fmt: skip
         table.add_row(
-            kind, str(chunks), *spread(seconds), str(requests), f"{requests / chunks / len(BANDS):.2f}",
-            f"{sent / MEGA:.1f}", f"{sent / MEGA / chunks:.2f}", f"{sent / on_disk:.2f}",
+            kind, f"{1000 * delay:.0f}", str(threads), *spread(seconds), f"{pixels / statistics.median(seconds):.0f}",
+            str(requests), f"{requests / chunks / len(files):.2f}", f"{sent / MEGA / chunks:.2f}",
+            f"{sent / on_disk:.2f}", gib(peak),
         )  # fmt: skip
     console.print(table)
     return figures
+
+
+def _from_afar(
+    item: dict[str, Any], grid: GeoBox, files: dict[str, Path], kind: str, delay: float, threads: int, repeats: int
+) -> tuple[list[float], int, int]:
+    """Seconds of each time; requests and bytes of the last."""
+    far, folder = pystac.Item.from_dict(item), next(iter(files.values())).parent
+    seconds: list[float] = []
+    for _ in range(repeats):
+        # a new port, so that GDAL remembers nothing of the last time
+        with serving(folder.parent, delay) as (address, traffic), anonymous_s3(address):
+            root = "s3:/" if kind == "s3" else address
+            for band, file in files.items():
+                far.assets[band].href = f"{root}/{folder.name}/{file.name}"
+            seconds.append(timed(partial(drain, stack([far], grid, list(files), chunksize=BLOCK).data, threads)))
+            requests, sent = traffic.requests, traffic.sent
+    return seconds, requests, sent
+
+
+def published(catalog: Path) -> dict[str, Path]:
+    """The bands of a scene as archives publish them, overviews and all headers first; made once."""
+    (item,) = search(catalog, WORLD, DATES)
+    folder = catalog.parent.with_name(f"{catalog.parent.name}-published")
+    files = {band: folder / f"{band}.tif" for band in BANDS}
+    folder.mkdir(exist_ok=True)
+    for band, file in files.items():
+        if not file.exists():
+            partial = file.with_suffix(".partial")
+            copy(item.assets[band].href, partial, driver="COG", compress="deflate", predictor="yes", blocksize=1024)
+            partial.rename(file)
+    return {band: file.resolve() for band, file in files.items()}
 
 
 @contextmanager
@@ -160,89 +186,3 @@ def anonymous_s3(address: str) -> Iterator[None]:
     }  # fmt: skip
     with patch.dict(os.environ, settings):
         yield
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What a server was asked for; it counts in another process."""
-
-    counts: Any
-
-    @property
-    def requests(self) -> int:
-        """How many requests."""
-        return int(self.counts[0])
-
-    @property
-    def sent(self) -> int:
-        """Bytes of files sent."""
-        return int(self.counts[1])
-
-
-@contextmanager
-def serving(root: Path) -> Iterator[tuple[str, Traffic]]:
-    """Serve a folder, ranges included, on a free port; yields the address and the count of what was asked for.
-
-    The server is a process of its own: in a thread it would wait for the interpreter, which a reader can hold.
-    """
-    context = multiprocessing.get_context("spawn")
-    counts, ports = context.Array("q", 2), context.SimpleQueue()
-    process = context.Process(target=_serve, args=(root, counts, ports), daemon=True)
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{ports.get()}", Traffic(counts)
-    finally:
-        process.terminate()
-        process.join()
-
-
-def _serve(root: Path, counts: Any, ports: Any) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, root, counts))
-    ports.put(server.server_port)
-    server.serve_forever()
-
-
-class _Files(BaseHTTPRequestHandler):
-    """Answers GET and HEAD, late, from one folder."""
-
-    protocol_version = "HTTP/1.1"  # which keeps connections open
-
-    def __init__(self, root: Path, counts: Any, *arguments: Any) -> None:
-        self.root, self.counts = root, counts
-        super().__init__(*arguments)
-
-    def _note(self, sent: int) -> None:
-        with self.counts.get_lock():
-            self.counts[0] += 1
-            self.counts[1] += sent
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        time.sleep(DELAY)
-        path = self.root / self.path.lstrip("/")
-        if not path.is_file():
-            self._note(0)
-            self.send_error(404)
-            return
-        size = path.stat().st_size
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = (int(asked[1]), min(int(asked[2] or size), size - 1)) if asked else (0, size - 1)
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(last - first + 1))
-        self.send_header("Accept-Ranges", "bytes")
-        if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
-        self.end_headers()
-        self._note(last - first + 1 if body else 0)
-        if body:
-            with path.open("rb") as file:
-                file.seek(first)
-                self.wfile.write(file.read(last - first + 1))
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
