@@ -217,7 +217,7 @@ def test_more_threads_read_from_afar(synthetic: SyntheticRegion, model: ModelBun
     far = replace(plan, items=(item,))
     with dask.config.set(num_workers=None):
         assert plan.threads == CPU_COUNT
-        assert far.threads == max(CPU_COUNT, 8)
+        assert far.threads == max(CPU_COUNT, 4)
     with dask.config.set(num_workers=3):
         assert far.threads == 3
 

@@ -18,6 +18,7 @@ from s2seg.errors import InputError
 from s2seg.inference import LAYERS, Layer, chunks_for, core_for, network_bytes
 from s2seg.models.bundle import ModelBundle, load_model
 from s2seg.models.runtimes import expected_session
+from s2seg.sources.ahead import AHEAD
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.catalogs import Catalog
 from s2seg.sources.composite import CompositeSpec
@@ -33,15 +34,15 @@ _CHUNK_BYTES = 384 * 2**20
 _READ_SIDE = 1024
 """Pixels on a side of what is read at once, at most: a block of the files at 10 m."""
 
-_REMOTE_THREADS = 8
-"""Threads that read from afar: they wait more than they work."""
+_REMOTE_THREADS = 4
+"""Threads that read from afar: they wait more than they work, though each has several files read ahead of it."""
 
 _MOST_PIXELS = 2**37
 """Of one map: at 10 m, 14 million square kilometres. Its graph alone would take gigabytes."""
 
 _ROWS_WAITING = 3
 
-_LIBRARIES_BYTES = {"torch": 750 * 2**20}
+_LIBRARIES_BYTES = {"torch": 1100 * 2**20}
 _OTHER_LIBRARIES_BYTES = 650 * 2**20
 _WAITING_BYTES = 400 * 2**20
 _TILE = (16384, 16384)
@@ -176,8 +177,11 @@ class Plan:
         """Threads of one process: as many as dask is told to take, else one a core, and more to read from afar."""
         if told := dask.config.get("num_workers", None):
             return int(told)
-        remote = any(asset.href.startswith(REMOTE) for item in self.items for asset in item.assets.values())
-        return max(CPU_COUNT, _REMOTE_THREADS) if remote else CPU_COUNT
+        return max(CPU_COUNT, _REMOTE_THREADS) if self._remote else CPU_COUNT
+
+    @property
+    def _remote(self) -> bool:
+        return any(asset.href.startswith(REMOTE) for item in self.items for asset in item.assets.values())
 
     @property
     def _block_bytes(self) -> int:
@@ -315,6 +319,8 @@ def _peak_memory(plan: Plan) -> int:
     """
     at_once = plan.threads * plan.dates_per_block * plan.read_side**2
     reading, reducing = at_once * len(plan.bands) * 2, at_once * 8
+    if plan._remote:
+        reading += plan.threads * AHEAD * plan.read_side**2 * 2
     side_by_side = min(plan.blocks[1], plan.tile[1] // plan.chunks.core[1])
     waiting = _ROWS_WAITING * (side_by_side + 1) * plan._block_bytes
     choice = plan.options.runtime, plan.options.device, plan.options.precision
