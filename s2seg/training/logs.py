@@ -75,7 +75,7 @@ def open_logs(config: TrainConfig, folder: Path, runs: Mapping[str, str]) -> Ite
         yield loggers
         finished = True
     except Exception as error:
-        refused = next((name for name in loggers.keys() | _asked(config) if isinstance(error, _refusal(name))), None)
+        refused = next((name for name in config.logs if isinstance(error, _refusal(name))), None)
         if refused is None:
             raise
         reason = " ".join(str(error).split())[:300]
@@ -88,10 +88,6 @@ def open_logs(config: TrainConfig, folder: Path, runs: Mapping[str, str]) -> Ite
 def run_ids(loggers: Mapping[str, Logger]) -> dict[str, str]:
     """Name of a log -> its run, for those that would begin a new one after a restart."""
     return {name: str(logger.version) for name, logger in loggers.items() if name in _REFUSALS}
-
-
-def _asked(config: TrainConfig) -> set[str]:
-    return {name for name in config.logs if name in _PACKAGES}
 
 
 def _refusal(name: str) -> type[Exception] | tuple[()]:

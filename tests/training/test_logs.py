@@ -16,6 +16,10 @@ class Refused(Exception):  # noqa: N818  its name is the package's business
     pass
 
 
+class OtherRefused(Exception):  # noqa: N818
+    pass
+
+
 class StandIn(Logger):
     """A log whose runs are numbered, from 1."""
 
@@ -38,7 +42,7 @@ class StandIn(Logger):
     @property
     def experiment(self):
         if "nowhere" in str(self.asked.get("tracking_uri")):
-            raise Refused("no server\nat nowhere")
+            raise OtherRefused("no server\nat nowhere")
         return None
 
     def log_metrics(self, metrics, step=None):
@@ -53,7 +57,7 @@ def made(monkeypatch):
     StandIn.made, finished = [], []
     package = SimpleNamespace(Error=Refused, finish=lambda exit_code: finished.append(exit_code))
     monkeypatch.setitem(sys.modules, "wandb", package)
-    monkeypatch.setitem(sys.modules, "mlflow.exceptions", SimpleNamespace(MlflowException=Refused))
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", SimpleNamespace(MlflowException=OtherRefused))
     monkeypatch.setattr(logs.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(logs, "WandbLogger", StandIn)
     monkeypatch.setattr(logs, "MLFlowLogger", StandIn)
