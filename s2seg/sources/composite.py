@@ -48,8 +48,8 @@ DEFAULT_MASK = (
 _OUTSIDE = len(SCL_CLASSES)
 """No class: what lies outside the grid is unknown, and masks nothing within."""
 
-_SLAB_PIXELS = 2**16
-"""What is reduced at once: it stays in the cache, and is enough that threads seldom wait for the interpreter."""
+_SLAB_PIXELS = 2**18
+"""Pixels of all dates reduced at once: they stay in the cache, and threads seldom wait for the interpreter."""
 
 _PASS = np.timedelta64(30, "m")
 """Scenes of one platform closer in time than this belong to one pass over the area."""
@@ -254,9 +254,9 @@ def _composite_block(
     data: Pixels, *scl: Pixels, mask: tuple[str, ...], groups: npt.NDArray[np.int64], reduce: Reducer
 ) -> Pixels:
     """One block, (time, band, y, x) and (time, 1, y, x) -> (band + 1, y, x): the composite, then the clear looks."""
-    _, bands, height, width = data.shape
+    dates, bands, height, width = data.shape
     out = np.empty((bands + 1, height, width), dtype=np.uint16)
-    rows = max(1, _SLAB_PIXELS // width)
+    rows = min(height, max(1, _SLAB_PIXELS // (dates * width)))
     scratch = np.empty((groups[-1] + 3, bands, rows, width), dtype=np.uint16)
     for top in range(0, height, rows):
         at = slice(top, top + rows)

@@ -17,7 +17,8 @@ BANDS = ["blue", "red", "nir", "scl"]
 
 @pytest.fixture(autouse=True)
 def several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("s2seg.sources.composite._SLAB_PIXELS", 150)  # seven rows of a chunk, the last slab not full
+    # of three dates seven rows of a chunk at a time, and the last slab not full
+    monkeypatch.setattr("s2seg.sources.composite._SLAB_PIXELS", 450)
 
 
 def make_stack(
