@@ -318,7 +318,7 @@ def _peak_memory(plan: Plan) -> int:
     their neighbours.
     """
     at_once = plan.threads * plan.dates_per_block * plan.read_side**2
-    reading, reducing = at_once * len(plan.bands) * 2, at_once * 8
+    reading = at_once * len(plan.bands) * 2
     if plan._remote:
         reading += plan.threads * AHEAD * plan.read_side**2 * 2
     side_by_side = min(plan.blocks[1], plan.tile[1] // plan.chunks.core[1])
@@ -326,4 +326,4 @@ def _peak_memory(plan: Plan) -> int:
     choice = plan.options.runtime, plan.options.device, plan.options.precision
     network = network_bytes(plan.model, plan.chunks, *choice)
     libraries = _LIBRARIES_BYTES.get(expected_session(plan.model, *choice)[0], _OTHER_LIBRARIES_BYTES)
-    return libraries + GDAL_ENV["GDAL_CACHEMAX"] + network + reading + reducing + waiting
+    return libraries + GDAL_ENV["GDAL_CACHEMAX"] + network + reading + waiting
