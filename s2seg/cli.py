@@ -484,7 +484,16 @@ def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
 def _progress() -> Iterator[Any]:
     """One bar per stage, on stderr; where nobody watches, a line when a stage is done."""
     if not err.is_terminal:
-        yield lambda stage, done, total: err.print(f"{stage} {done}/{total}") if done == total else None
+        last = ""
+
+        def tell(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            line = f"{stage} {done}/{total}"
+            if done == total and line != last:  # the last batch of a training and its end are reported alike
+                err.print(line)
+                last = line
+
+        yield tell
         return
     columns = (
         TextColumn("{task.description:8}"),
