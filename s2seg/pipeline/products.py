@@ -106,7 +106,8 @@ def _write_picture(
     """Draw the quicklook; returns the pixels of each code in each map, (date, 256), which the same reading counts."""
     scene = _picture(plan, offsets)
     counts, small = _survey(maps)
-    title = f"{dates[0][1][0].datetime:%Y-%m-%d} to {dates[-1][1][-1].datetime:%Y-%m-%d}"
+    days = dict.fromkeys(f"{item.datetime:%Y-%m-%d}" for item in (dates[0][1][0], dates[-1][1][-1]))
+    title = " to ".join(days)
     subtitle = f"{plan.model.spec.name} {plan.model.sha256[:8]} - {plan.geobox.crs} - {plan.options.resolution:g} m"
     legend = plan.model.spec.legend
     if plan.options.dates_apart:
