@@ -190,7 +190,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         pace = r["mpx"] / statistics.median(r["seconds"])
         share, gain = (pace / statistics.median(r[name]) for name in ("network_mpx_s", "unchanged_mpx_s"))
         table.add_row(
-            r["session"], str(r["size"]), "x".join(map(str, r["window"])), *spread(r["seconds"], 1),
+            r["session"].replace(" cpu", ""), str(r["size"]), "x".join(map(str, r["window"])), *spread(r["seconds"], 1),
             f"{statistics.median(r['seconds']) / r['mpx']:.3f}", spread(r["network_mpx_s"])[0], f"{share:.2f}",
             spread(r["unchanged_mpx_s"])[0], f"{gain:.2f}", f"{r['overlap_cost']:.2f}", gib(r["peak_bytes"]),
             gib(r["planned_bytes"]),
