@@ -44,7 +44,7 @@ _ROWS_WAITING = 3
 
 _LIBRARIES_BYTES = {"torch": 1100 * 2**20}
 _OTHER_LIBRARIES_BYTES = 650 * 2**20
-_WAITING_BYTES = 400 * 2**20
+_WAITING_BYTES = 250 * 2**20
 _TILE = (16384, 16384)
 """Pixels (down, across) of what is computed as one graph, at most. Its blocks wait for their neighbours row by row, so
 what they take together depends on the width alone: as many go side by side as ``_WAITING_BYTES`` hold."""
