@@ -239,20 +239,25 @@ def tune_command(
     """
     _needs("pydantic", "sklearn", "pytorch_lightning")
     from s2seg.training.config import load_config
+    from s2seg.training.fit import Progress as FitProgress
     from s2seg.training.run import prepare
     from s2seg.training.tune import tune
 
     loaded = load_config(config, settings or [])
     with _progress() as report:
+
+        def step(number: int, progress: FitProgress) -> None:
+            if progress.row is None:  # the end of an epoch was told with its last batch
+                done = (progress.epoch - 1) * progress.steps + progress.step
+                report(f"trial {number}", done, progress.epochs * progress.steps)
+
         result = tune(
             loaded,
             lambda wanted: prepare(wanted, output / f"chips-{wanted.chips.size}.zarr", on_progress=report)[1],
             output,
             trials=trials,
             timeout=None if minutes is None else 60 * minutes,
-            on_progress=lambda number, p: report(
-                f"trial {number}", (p.epoch - 1) * p.steps + p.step, p.epochs * p.steps
-            ),
+            on_progress=step,
         )
     table = Table("trial", "state", "mean IoU", "settings")
     for trial in result.trials:
@@ -484,16 +489,7 @@ def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
 def _progress() -> Iterator[Any]:
     """One bar per stage, on stderr; where nobody watches, a line when a stage is done."""
     if not err.is_terminal:
-        last = ""
-
-        def tell(stage: str, done: int, total: int) -> None:
-            nonlocal last
-            line = f"{stage} {done}/{total}"
-            if done == total and line != last:  # the last batch of a training and its end are reported alike
-                err.print(line)
-                last = line
-
-        yield tell
+        yield lambda stage, done, total: err.print(f"{stage} {done}/{total}") if done == total else None
         return
     columns = (
         TextColumn("{task.description:8}"),

@@ -317,10 +317,8 @@ def _peak_memory(plan: Plan) -> int:
     what is being read; and the composited blocks (with their count of observations) that wait for
     their neighbours.
     """
-    at_once = plan.threads * plan.dates_per_block * plan.read_side**2
-    reading = at_once * len(plan.bands) * 2
-    if plan._remote:
-        reading += plan.threads * AHEAD * plan.read_side**2 * 2
+    layers = plan.dates_per_block * len(plan.bands) + (AHEAD if plan._remote else 0)
+    reading = plan.threads * layers * plan.read_side**2 * 2
     side_by_side = min(plan.blocks[1], plan.tile[1] // plan.chunks.core[1])
     waiting = _ROWS_WAITING * (side_by_side + 1) * plan._block_bytes
     choice = plan.options.runtime, plan.options.device, plan.options.precision
