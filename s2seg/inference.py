@@ -30,12 +30,12 @@ NO_SCORE = 255
 
 _VARIABLES = {"class": "land_cover", "confidence": "confidence", "probability": "probability"}
 
-_NETWORK_BYTES = 2**30
+_NETWORK_BYTES, _NETWORK_BYTES_ON_GPU = 2**30, 2**32
 """What the network may take for a window."""
 
 _BLENDED_CORE = 1024
 
-_BYTES_PER_PIXEL = {"openvino cpu float32": 220, "openvino cpu bfloat16": 190, "torch cpu float32": 470}
+_BYTES_PER_PIXEL = {"openvino cpu float32": 186, "openvino cpu bfloat16": 160, "torch cpu float32": 330}
 _OTHER_BYTES_PER_PIXEL = 800
 """Of a window, by session; measured for a U-Net with mobilenet_v2."""
 
@@ -184,7 +184,7 @@ def chunks_for(model: ModelBundle, core: int = 1024, shape: Shape | None = None)
         Pixels (down, across) of the grid, to cut it into blocks that are all alike.
     """
     spec = model.spec
-    if _blends(model):
+    if spec.blends:
         window = spec.window or 512
         overlap = _quarter(window, spec.stride)
         return ChunkSpec.blended(core, window, overlap=overlap, stride=spec.stride, shape=shape)
@@ -193,7 +193,7 @@ def chunks_for(model: ModelBundle, core: int = 1024, shape: Shape | None = None)
 
 
 def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto") -> int:
-    """Choose the output pixels on a side of a block, at most: the network then takes 1 GiB for a window.
+    """Choose the output pixels on a side of a block, at most: the network takes 1 GiB for its window, 4 GiB on a GPU.
 
     Blended windows have their own size, and gain nothing from a larger block.
 
@@ -204,25 +204,29 @@ def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", pr
     runtime, device, precision
         As in :func:`s2seg.models.open_session`.
     """
-    if _blends(model):
+    if model.spec.blends:
         return _BLENDED_CORE
-    window = math.isqrt(_NETWORK_BYTES // _bytes_per_pixel(model, runtime, device, precision))
-    return window - 2 * model.spec.depth
+    session = expected_session(model, runtime, device, precision)
+    budget = _NETWORK_BYTES_ON_GPU if _on_gpu(session) else _NETWORK_BYTES
+    return math.isqrt(budget // _bytes_per_pixel(session)) - 2 * model.spec.depth
 
 
 def network_bytes(model: ModelBundle, chunks: ChunkSpec, runtime: str, device: str, precision: str) -> int:
-    """Estimate what the network takes for its windows, in bytes; the choices are those of :func:`core_for`."""
-    height, width = chunks.window
-    return _bytes_per_pixel(model, runtime, device, precision) * max(height * width, CACHED_PIXELS)
+    """Estimate what the network takes for its windows of the process's memory, in bytes: a GPU has its own.
 
-
-def _bytes_per_pixel(model: ModelBundle, runtime: str, device: str, precision: str) -> int:
+    The choices are those of :func:`core_for`.
+    """
     session = expected_session(model, runtime, device, precision)
+    height, width = chunks.window
+    return 0 if _on_gpu(session) else _bytes_per_pixel(session) * max(height * width, CACHED_PIXELS)
+
+
+def _on_gpu(session: tuple[str, str, str]) -> bool:
+    return session[1].startswith(("cuda", "tensorrt"))
+
+
+def _bytes_per_pixel(session: tuple[str, str, str]) -> int:
     return _BYTES_PER_PIXEL.get(" ".join(session), _OTHER_BYTES_PER_PIXEL)
-
-
-def _blends(model: ModelBundle) -> bool:
-    return model.spec.window is not None or model.spec.global_context
 
 
 def _quarter(window: int, stride: int) -> int:

@@ -131,7 +131,7 @@ def export_model(
     return Export(target, kind, comparison.agreement, comparison.max_difference, comparison.pixels)
 
 
-def write_openvino(bundle: ModelBundle, file: Path) -> None:
+def write_openvino(bundle: ModelBundle, file: Path, margin: int = 0) -> None:
     """Convert a model for the OpenVINO runtime: checked on a synthetic landscape, as an export without chips is.
 
     Parameters
@@ -140,6 +140,9 @@ def write_openvino(bundle: ModelBundle, file: Path) -> None:
         A model with safetensors weights.
     file
         Where to write: an ``.xml`` in a folder that exists; the weights go into a ``.bin`` beside it.
+    margin
+        Pixels on each side of a window that will be cut from the answer, which may lack some of them already; windows
+        must be larger than two margins.
 
     Raises
     ------
@@ -152,7 +155,8 @@ def write_openvino(bundle: ModelBundle, file: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tracing runs tiny windows, for which threads mostly wait for each other
     try:
-        comparison = _compare(bundle, _convert(bundle, "openvino", file), synthetic_pixels(bundle.spec))
+        pixels = synthetic_pixels(bundle.spec, 4 * bundle.spec.stride + 2 * margin)
+        comparison = _compare(bundle, _convert(bundle, "openvino", file, margin), pixels, margin)
     finally:
         torch.set_num_threads(threads)
     comparison.check(bundle.path, "openvino")
@@ -212,27 +216,28 @@ def synthetic_pixels(spec: ModelSpec, side: int | None = None) -> npt.NDArray[np
     return numbers
 
 
-def _convert(bundle: ModelBundle, kind: str, file: Path) -> Run:
+def _convert(bundle: ModelBundle, kind: str, file: Path, margin: int = 0) -> Run:
     """Write the network to ``file`` and open what was written."""
     import torch
 
-    network = _network(bundle, merged=kind == "openvino")
+    network = _network(bundle, tuned=kind == "openvino", margin=margin)
     try:
         with _quiet(), torch.no_grad():
-            _CONVERTERS[kind](network, bundle, file)
+            _CONVERTERS[kind](network, bundle, file, _example(bundle.spec, margin))
     except _REFUSALS as error:
         raise ConversionError(bundle.path, f"cannot be converted to {kind}: {_reason(error)}") from error
     return _OPENERS[kind](file)
 
 
-def _network(bundle: ModelBundle, merged: bool) -> torch.nn.Module:
+def _network(bundle: ModelBundle, tuned: bool, margin: int) -> torch.nn.Module:
     """Build the network with its weights, behind a layer that scales stored numbers.
 
-    ``merged`` changes its layers as the torch runtime does on a CPU; other programs shall find them as they were made.
+    ``tuned`` changes its layers as the torch runtime does on a CPU; other programs shall find them as they were made.
     """
     import torch
 
     from s2seg.models.runtimes.pytorch import _load_weights
+    from s2seg.models.runtimes.trimming import trim_decoder
     from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling
     from s2seg.models.unet import build_network
 
@@ -251,18 +256,18 @@ def _network(bundle: ModelBundle, merged: bool) -> torch.nn.Module:
             return numbers * self.a + self.b
 
     network = _load_weights(build_network(bundle.spec), bundle).eval()
-    if merged:
+    if tuned:
         bands = len(bundle.spec.bands)
-        network = merge_upsampling(fold_batch_norm(network, bands), bands)
+        network = trim_decoder(merge_upsampling(fold_batch_norm(network, bands), bands), bands, margin)
     return torch.nn.Sequential(Scale(), network).eval()
 
 
-def _example(spec: ModelSpec) -> torch.Tensor:
+def _example(spec: ModelSpec, margin: int) -> torch.Tensor:
     """Return an input in which no two sizes are alike, so that none is taken for another or for a constant."""
     import torch
 
-    height, width = (spec.window,) * 2 if spec.window else (2 * spec.stride, 3 * spec.stride)
-    return torch.ones(2, len(spec.bands), height, width)
+    sides = (spec.window,) * 2 if spec.window else (2 * (spec.stride + margin), 3 * spec.stride + 2 * margin)
+    return torch.ones(2, len(spec.bands), *sides)
 
 
 def _free(spec: ModelSpec) -> dict[int, Any]:
@@ -272,13 +277,13 @@ def _free(spec: ModelSpec) -> dict[int, Any]:
     return dict.fromkeys((0,) if spec.window else (0, 2, 3), Dim.DYNAMIC)
 
 
-def _to_onnx(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
+def _to_onnx(network: torch.nn.Module, bundle: ModelBundle, file: Path, example: torch.Tensor) -> None:
     import onnx
     import torch
 
     program = torch.onnx.export(
         network,
-        (_example(bundle.spec),),
+        (example,),
         dynamo=True,
         dynamic_shapes=(_free(bundle.spec),),
         input_names=["numbers"],
@@ -295,10 +300,10 @@ def _to_onnx(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
     onnx.save_model(model, file)
 
 
-def _to_torchscript(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
+def _to_torchscript(network: torch.nn.Module, bundle: ModelBundle, file: Path, example: torch.Tensor) -> None:
     import torch
 
-    traced = torch.jit.trace(network, _example(bundle.spec), check_trace=False)  # type: ignore[no-untyped-call]
+    traced = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
     whole = file.with_name("whole")
     torch.jit.save(traced, str(whole), _extra_files={"s2seg.json": json.dumps(_facts(bundle))})
     _drop_debug_records(whole, file)
@@ -317,7 +322,7 @@ def _drop_debug_records(whole: Path, file: Path) -> None:
     writer.write_end_of_file()
 
 
-def _to_openvino(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> None:
+def _to_openvino(network: torch.nn.Module, bundle: ModelBundle, file: Path, example: torch.Tensor) -> None:
     import openvino
     import openvino.frontend
 
@@ -325,13 +330,13 @@ def _to_openvino(network: torch.nn.Module, bundle: ModelBundle, file: Path) -> N
 
     # OpenVINO traces it: 3 s for a U-Net, where taking what torch.export makes needs 12 s
     try:
-        model = openvino.convert_model(network, example_input=_example(bundle.spec))
+        model = openvino.convert_model(network, example_input=example)
     except openvino.frontend.OpConversionFailure as error:  # an Exception, and no more than that
         raise RuntimeError(str(error)) from error
     if bundle.spec.window:
         side = bundle.spec.window
         model.reshape([-1, len(bundle.spec.bands), side, side])
-    facts = _facts(bundle) | {"pools_globally": str(pools_globally(network, len(bundle.spec.bands)))}
+    facts = _facts(bundle) | {"pools_globally": str(pools_globally(network, *example.shape[1:3]))}
     for key, value in facts.items():
         model.set_rt_info(value, ["s2seg", key])
     openvino.save_model(model, str(file), compress_to_fp16=False)
@@ -372,7 +377,7 @@ def _open_openvino(file: Path) -> Run:
     return lambda numbers: np.asarray(network(numbers)[0])
 
 
-_CONVERTERS: dict[str, Callable[[torch.nn.Module, ModelBundle, Path], None]] = {
+_CONVERTERS: dict[str, Callable[[torch.nn.Module, ModelBundle, Path, torch.Tensor], None]] = {
     "onnx": _to_onnx,
     "torchscript": _to_torchscript,
     "openvino": _to_openvino,
@@ -436,8 +441,8 @@ class _Comparison:
             )
 
 
-def _compare(bundle: ModelBundle, run: Run, pixels: npt.NDArray[np.uint16]) -> _Comparison:
-    """Run torch in float32, as mapping does, and the export on the same pixels."""
+def _compare(bundle: ModelBundle, run: Run, pixels: npt.NDArray[np.uint16], margin: int = 0) -> _Comparison:
+    """Run torch in float32, as mapping does, and the export on the same pixels; ``margin`` does not count."""
     from s2seg.models.runtimes.pytorch import TorchSession
 
     torch_says = TorchSession(bundle, "cpu", "float32").probabilities
@@ -449,11 +454,19 @@ def _compare(bundle: ModelBundle, run: Run, pixels: npt.NDArray[np.uint16]) -> _
             raise ConversionError(
                 bundle.path, f"the converted network fails on an input of {batch.shape}: {_reason(error)}"
             ) from error
-        expected = torch_says(batch)
+        expected = _middle(torch_says(batch), batch.shape, margin)
+        scores = _middle(scores, batch.shape, margin)
         if scores.shape != expected.shape:
             raise ConversionError(bundle.path, f"the converted network answers {scores.shape}, torch {expected.shape}")
         comparison = comparison.add(expected, softmax(scores) if bundle.spec.activation == "logits" else scores)
     return comparison
+
+
+def _middle(answer: npt.NDArray[np.float32], window: tuple[int, ...], margin: int) -> npt.NDArray[np.float32]:
+    """Cut (..., y, x) that may lack some of the margin already to what a window leaves within it."""
+    cuts = [(have - seen + 2 * margin) // 2 for have, seen in zip(answer.shape[-2:], window[-2:], strict=True)]
+    down, across = (slice(cut, size - cut) for cut, size in zip(cuts, answer.shape[-2:], strict=True))
+    return answer[..., down, across]
 
 
 def _batches(spec: ModelSpec, pixels: npt.NDArray[np.uint16]) -> Iterator[npt.NDArray[np.uint16]]:

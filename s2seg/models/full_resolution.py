@@ -29,10 +29,14 @@ class FullResolution(nn.Module):
         super().__init__()
         self.pixels = nn.Sequential(*_layer(bands, channels, side=3), *_layer(channels, channels))
         self.head = nn.Sequential(*_layer(2 * channels, channels), nn.Conv2d(channels, classes, 1))
+        self.cut = 0
+        """Pixels that ``context`` lacks on each side of the image."""
 
     def forward(self, image: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Map (n, bands, y, x) and the network's (n, channels, y, x) to scores (n, classes, y, x)."""
-        scores: torch.Tensor = self.head(torch.cat([self.pixels(image), context], dim=1))
+        cut = self.cut
+        seen = image[..., cut:-cut, cut:-cut] if cut else image
+        scores: torch.Tensor = self.head(torch.cat([self.pixels(seen), context], dim=1))
         return scores
 
 

@@ -228,7 +228,7 @@ def _looks_like_probabilities(scores: npt.NDArray[np.float32]) -> bool:
 
 
 def _default_depth(window: int | None, stride: int) -> int:
-    return 64 if window is None else min(64, window // 8 // stride * stride)
+    return 96 if window is None else min(64, window // 8 // stride * stride)
 
 
 def _shown(shape: Sequence[int | None]) -> str:

@@ -82,7 +82,7 @@ class ModelSpec:
     scale: float = 1e-4
     activation: str = "logits"
     stride: int = 32
-    depth: int = 64
+    depth: int = 96
     window: int | None = None
     global_context: bool = False
     seasons: Mapping[str, str] = field(default_factory=dict)
@@ -131,6 +131,11 @@ class ModelSpec:
                 f"window: {self.window} is not a multiple of the stride {self.stride} "
                 f"larger than twice the depth {self.depth}"
             )
+
+    @property
+    def blends(self) -> bool:
+        """Whether windows overlap and are averaged, as an answer depends on its window's size."""
+        return self.window is not None or self.global_context
 
     @property
     def is_onnx(self) -> bool:

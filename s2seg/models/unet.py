@@ -128,7 +128,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {', '.join(lower[c] for c in close)}?" if close else f"one of {', '.join(known[:12])}, ..."
 
 
-def pools_globally(network: torch.nn.Module, bands: int) -> bool:
+def pools_globally(network: torch.nn.Module, bands: int, side: int = 64) -> bool:
     """Whether an answer depends on the whole window: what ``ModelSpec.global_context`` must then say.
 
     Runs the network once on a small window and watches for squeeze-and-excite, attention, pooling to a fixed size,
@@ -140,6 +140,8 @@ def pools_globally(network: torch.nn.Module, bands: int) -> bool:
         In evaluation mode.
     bands
         How many the network takes.
+    side
+        Pixels on a side of the window: one that the network takes.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,7 +159,7 @@ def pools_globally(network: torch.nn.Module, bands: int) -> bool:
     at = next(network.parameters())
     watch = Watch()  # type: ignore[no-untyped-call]
     with torch.no_grad(), watch:  # inference mode would show fewer, composite operations
-        network(torch.zeros(1, bands, 64, 64, device=at.device, dtype=at.dtype))
+        network(torch.zeros(1, bands, side, side, device=at.device, dtype=at.dtype))
     return watch.found
 
 

@@ -275,7 +275,7 @@ def _spec(
             "name": network.architecture, "encoder": network.encoder, **levels, **network.arguments, **branch
         },
         stride=network.stride,
-        depth=2 * network.stride if network.depth is None else network.depth,
+        depth=3 * network.stride if network.depth is None else network.depth,
         seasons=config.seasons,
         provenance=dict(provenance),
     )  # fmt: skip

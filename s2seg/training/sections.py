@@ -285,7 +285,7 @@ class NetworkConfig(Section):
         default=0, description="channels of a branch that sees single pixels beside the network; 0: none"
     )
     depth: NonNegativeInt | None = Field(
-        default=None, description="pixels of context on each side of a block when mapping; null: two strides"
+        default=None, description="pixels of context on each side of a block when mapping; null: three strides"
     )
 
     @field_validator("arguments")

@@ -14,6 +14,7 @@ from s2seg.models.export import _network
 from s2seg.models.runtimes import Session
 from s2seg.models.runtimes.openvino import OpenVinoSession
 from s2seg.models.runtimes.pytorch import TorchSession, _load_weights
+from s2seg.models.runtimes.trimming import middle
 
 
 def unchanged_session(bundle: ModelBundle, name: str) -> Session:
@@ -28,18 +29,20 @@ class _Eager(TorchSession):
         super().__init__(bundle, device, precision)
         self._network = _load_weights(build_network(bundle.spec), bundle).eval().to(device)
 
-    def _scores(self, numbers: torch.Tensor) -> torch.Tensor:
+    def _scores(self, numbers: torch.Tensor, crop: int) -> torch.Tensor:
         x = numbers.to(torch.float32).mul_(self._a).add_(self._b)
         with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            return self._network(x).float()
+            height, width = (n - 2 * crop for n in numbers.shape[-2:])
+            return middle(self._network(x).float(), (height, width))
 
 
 class _Converted(OpenVinoSession):
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
         super().__init__(bundle, device, precision)
         self._scratch = tempfile.TemporaryDirectory()
-        self._file = Path(self._scratch.name, "network.xml")
-        network, example = _network(bundle, merged=False), torch.ones(1, len(bundle.spec.bands), 64, 96)
+        file = Path(self._scratch.name, "network.xml")
+        self._files = {0: file, bundle.spec.depth: file}
+        network, example = _network(bundle, tuned=False, margin=0), torch.ones(1, len(bundle.spec.bands), 64, 96)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # OpenVINO traces, which torch advises against
-            openvino.save_model(openvino.convert_model(network, example_input=example), self._file, False)
+            openvino.save_model(openvino.convert_model(network, example_input=example), file, False)

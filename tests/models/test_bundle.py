@@ -299,7 +299,7 @@ def test_describe_says_what_a_person_asks(bundle):
     assert rows["runtime"] == "torch"
     assert rows["band nir"] == "(DN x 0.0001 - 0.25) / 0.12"
     assert rows["class 200"] == "bright #f0f0f0"
-    assert rows["stride, depth"] == "32, 64 px"
+    assert rows["stride, depth"] == "32, 96 px"
     assert rows["metric miou"] == "0.5"
 
 

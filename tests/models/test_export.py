@@ -115,7 +115,7 @@ def test_a_fixed_window_stays_fixed(shallow, tmp_path):
 
 @pytest.mark.parametrize("shift", [0.5, np.nan])
 def test_disagreement_is_refused_and_leaves_nothing(shallow, tmp_path, monkeypatch, shift):
-    monkeypatch.setitem(export._CONVERTERS, "torchscript", lambda network, bundle, file: None)
+    monkeypatch.setitem(export._CONVERTERS, "torchscript", lambda network, bundle, file, example: None)
     wrong = np.array([0, shift, 0], np.float32).reshape(1, 3, 1, 1) * 100
     monkeypatch.setitem(export._OPENERS, "torchscript", lambda file: lambda x: wrong + 0 * x[:, :3])
     with pytest.raises(ModelError, match=r"torchscript form names the same class as torch on .* not written"):
@@ -124,7 +124,7 @@ def test_disagreement_is_refused_and_leaves_nothing(shallow, tmp_path, monkeypat
 
 
 def test_what_cannot_be_converted_names_the_operator(shallow, tmp_path, monkeypatch):
-    def fail(network, bundle, file):
+    def fail(network, bundle, file, example):
         raise RuntimeError("No conversion\nfor the node\n  aten::col2im: at line 3")
 
     monkeypatch.setitem(export._CONVERTERS, "openvino", fail)

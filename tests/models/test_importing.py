@@ -47,7 +47,7 @@ def offered(tmp_path, facts):
 
 def test_free_and_fixed_windows(onnx_free, onnx_fixed, facts, tmp_path):
     free = import_onnx(onnx_free, tmp_path / "free", **facts)
-    assert (free.spec.window, free.spec.depth, free.spec.global_context) == (None, 64, False)
+    assert (free.spec.window, free.spec.depth, free.spec.global_context) == (None, 96, False)
     assert free.is_onnx
     assert free == load_model(tmp_path / "free")
     assert free.weights_path.read_bytes() == onnx_free.read_bytes()

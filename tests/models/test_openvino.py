@@ -67,7 +67,7 @@ def test_what_auto_takes_and_why(bundle, monkeypatch):
 
 
 def test_an_operator_that_openvino_lacks(renamed, monkeypatch):
-    def fail(network, bundle, file):
+    def fail(network, bundle, file, example):
         raise RuntimeError("No conversion rule found for operations: aten::col2im")
 
     monkeypatch.setitem(export._CONVERTERS, "openvino", fail)
@@ -87,7 +87,7 @@ def test_openvinos_own_error_names_the_operator(tmp_path, spec):
             return torch.special.bessel_j0(x)[:, :3]
 
     with pytest.raises(export._REFUSALS) as caught, export._quiet():
-        export._to_openvino(Odd(), replace(save_bundle(tmp_path / "m", spec, {}), spec=spec), tmp_path / "n.xml")
+        export._to_openvino(Odd(), replace(save_bundle(tmp_path / "m", spec, {}), spec=spec), tmp_path / "n.xml", export._example(spec, 0))
     assert "aten::special_bessel_j0" in export._reason(caught.value)
 
 
@@ -108,7 +108,7 @@ def test_a_conversion_that_fails_apart_says_why(renamed, tmp_path, monkeypatch):
     weights = Path(renamed.weights_path)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match=r"renamed: weights\.safetensors is truncated"):
-        module._convert(renamed, tmp_path / "network.xml")
+        module._convert(renamed, tmp_path / "network.xml", 0)
 
 
 def test_seams_are_announced_again_by_the_kept_form(renamed, monkeypatch):
@@ -123,11 +123,11 @@ def test_seams_are_announced_again_by_the_kept_form(renamed, monkeypatch):
     core = type("Core", (), {"read_model": lambda self, file: Pooling()})
     monkeypatch.setattr(module, "_core", core)
     with pytest.warns(S2SegWarning, match="save the bundle with global_context=True"):
-        module._converted(renamed)
+        module._converted(renamed, renamed.spec.depth)
 
 
 def test_a_cache_that_cannot_be_written(renamed, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("S2SEG_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"cannot be kept in .*set S2SEG_CACHE"):
-        module._converted(renamed)
+        module._converted(renamed, renamed.spec.depth)

@@ -88,12 +88,13 @@ def test_numbers_above_int16_are_not_negative(session, spec, network):
     np.testing.assert_allclose(session.probabilities(dn), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("crop", [0, 16, 31])
-def test_crop_drops_borders_after_the_network(session, crop):
-    dn = smooth_pixels(3)
+@pytest.mark.parametrize("crop", [0, 16, 31, 96])  # 96, the model's depth: its decoder leaves most of that out
+def test_crop_drops_borders(session, spec, crop):
+    assert spec.depth == 96
+    dn = smooth_pixels(3, side=256)
     whole, cropped = session.classify(dn, 0, ALL), session.classify(dn, crop, ALL)
     for layer in ALL:
-        np.testing.assert_array_equal(cropped[layer], whole[layer][..., crop : 128 - crop, crop : 128 - crop])
+        np.testing.assert_array_equal(cropped[layer], whole[layer][..., crop : 256 - crop, crop : 256 - crop])
         assert cropped[layer].flags.c_contiguous
 
 

@@ -71,11 +71,13 @@ class OpenVinoSession:
         self._path, self._activation = bundle.path, bundle.spec.activation
         self._codes = bundle.spec.legend.channel_to_code()
         self._window = bundle.spec.window
-        self._file = bundle.weights_path if bundle.is_onnx else _converted(bundle)
+        self._bundle = bundle
+        self._files: dict[int, Path] = {}
         self._scaling = bundle.spec.affine() if bundle.is_onnx else None  # what was converted scales by itself
         # two processes that pin their threads would pin them to the same cores
         self._options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[precision], "ENABLE_CPU_PINNING": False} | _threads()
-        self._batch = self._fixed_batch()
+        # what cannot be converted shall be told now
+        self._batch = self._fixed_batch(self._file(0 if bundle.spec.blends else bundle.spec.depth))
         self._compiled: dict[_Key, Any] = {}
         self._lock = threading.Lock()
 
@@ -128,6 +130,14 @@ class OpenVinoSession:
             raise ModelError(self._path, "the network answers with NaN: its weights or scaling are broken")
         return {name: values[:n] for name, values in answer.items()}
 
+    def _file(self, crop: int) -> Path:
+        """The network for answers without this border, which it need not compute."""
+        margin = crop if crop % self._bundle.spec.stride == 0 else 0
+        if margin not in self._files:
+            bundle = self._bundle
+            self._files[margin] = bundle.weights_path if bundle.is_onnx else _converted(bundle, margin)
+        return self._files[margin]
+
     def _request(self, key: _Key) -> Any:
         """Return the compiled network's request, the most recently used ones being kept."""
         request = self._compiled.pop(key, None)
@@ -140,7 +150,7 @@ class OpenVinoSession:
 
     def _graph(self, shape: tuple[int, ...], crop: int, outputs: frozenset[str]) -> openvino.Model:
         """Wrap the network: uint16 of one shape goes in, what is asked for comes out, by name."""
-        network = _core().read_model(str(self._file))
+        network = _core().read_model(str(self._file(crop)))
         network.reshape(list(shape))
         numbers = ops.parameter(list(shape), np.uint16)
         x = ops.convert(numbers, "f32")
@@ -151,14 +161,15 @@ class OpenVinoSession:
         scores = network.get_results()[0].input(0).get_source_output()
         made = _answers(scores, self._activation, outputs)
         # the border is cut from bytes: from scores it would be a copy of four times as many, for every class
-        trimmed = {name: _trim(values, shape, crop) if name != _CHECK else values for name, values in made.items()}
+        kept = shape[-2] - 2 * crop, shape[-1] - 2 * crop
+        trimmed = {name: _middle(values, kept) if name != _CHECK else values for name, values in made.items()}
         results = [_named(ops.result(trimmed[name]), name) for name in (*sorted(outputs), _CHECK)]
         return openvino.Model(results, [numbers], "s2seg")
 
-    def _fixed_batch(self) -> int:
+    def _fixed_batch(self, file: Path) -> int:
         """Windows in one run: the network's own number, or one."""
         try:
-            batch = _core().read_model(str(self._file)).input(0).partial_shape[0]
+            batch = _core().read_model(str(file)).input(0).partial_shape[0]
         except RuntimeError as error:
             raise ConversionError(
                 self._path, f"OpenVINO cannot open the network: {one_line(error)}; use another runtime"
@@ -187,13 +198,14 @@ def _threads() -> dict[str, int]:
     return {"INFERENCE_NUM_THREADS": int(wanted)} if wanted.isdecimal() and int(wanted) else {}
 
 
-def _trim(values: Any, shape: tuple[int, ...], crop: int) -> Any:
-    """Cut the border from (..., y, x)."""
-    if not crop:
+def _middle(values: Any, shape: tuple[int, int]) -> Any:
+    """Cut (..., y, x) to a height and a width, evenly on all sides."""
+    have = [values.get_output_partial_shape(0)[axis].get_length() for axis in (-2, -1)]
+    cut = [(size - wanted) // 2 for size, wanted in zip(have, shape, strict=True)]
+    if not any(cut):
         return values
-    height, width = shape[-2:]
-    stop = _whole(height - crop, width - crop)
-    return ops.slice(values, _whole(crop, crop), stop, _whole(1, 1), _whole(-2, -1))
+    stop = _whole(*(size - pixels for size, pixels in zip(have, cut, strict=True)))
+    return ops.slice(values, _whole(*cut), stop, _whole(1, 1), _whole(-2, -1))
 
 
 def _answers(scores: Any, activation: str, outputs: frozenset[str]) -> dict[str, Any]:
@@ -242,12 +254,13 @@ def _named(result: Any, name: str) -> Any:
     return result
 
 
-def _converted(bundle: ModelBundle) -> Path:
+def _converted(bundle: ModelBundle, margin: int) -> Path:
     """Return the network as OpenVINO reads it, converted on first use: then torch need not be loaded again.
 
-    It lies under ``S2SEG_CACHE`` (default: the user's cache folder), named by digest, OpenVINO's version and ours.
+    It lies under ``S2SEG_CACHE`` (default: the user's cache folder), named by digest, OpenVINO's version, ours and the
+    margin that it may leave out.
     """
-    name = f"{bundle.sha256[:32]}-{importlib.metadata.version('openvino')}-{_FORM}"
+    name = f"{bundle.sha256[:32]}-{importlib.metadata.version('openvino')}-{_FORM}-{margin}"
     folder = cache_folder("openvino") / name
     if (folder / _FILE).is_file():
         _warn_of_seams(bundle, folder / _FILE)
@@ -257,7 +270,7 @@ def _converted(bundle: ModelBundle) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            _convert(bundle, new / _FILE)
+            _convert(bundle, new / _FILE, margin)
             _move(new, folder)
     except OSError as error:
         raise ConversionError(
@@ -267,7 +280,7 @@ def _converted(bundle: ModelBundle) -> Path:
 
 
 _FILE = "network.xml"
-_FORM = 3  # of what lies there: the next number makes all of it anew
+_FORM = 4  # of what lies there: the next number makes all of it anew
 
 _CONVERT = """
 import sys
@@ -276,18 +289,18 @@ from s2seg.errors import ModelError
 from s2seg.models.bundle import load_model
 from s2seg.models.export import write_openvino
 try:
-    write_openvino(load_model(sys.argv[1]), Path(sys.argv[2]))
+    write_openvino(load_model(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
 except ModelError as error:
     sys.exit(error.reason)
 """
 
 
-def _convert(bundle: ModelBundle, file: Path) -> None:
+def _convert(bundle: ModelBundle, file: Path, margin: int) -> None:
     """Write the converted network; where torch is not loaded yet, in a process that takes its memory away with it."""
     if "torch" in sys.modules:
-        write_openvino(bundle, file)
+        write_openvino(bundle, file, margin)
         return
-    command = [sys.executable, "-W", "ignore", "-c", _CONVERT, bundle.path, str(file)]
+    command = [sys.executable, "-W", "ignore", "-c", _CONVERT, bundle.path, str(file), str(margin)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConversionError(bundle.path, one_line(done.stderr or "its conversion died without a word"))

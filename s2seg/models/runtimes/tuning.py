@@ -132,7 +132,7 @@ def _upsampled_channels(network: nn.Module, bands: int) -> dict[str, int]:
         block.register_forward_pre_hook(watch(name)) for name, block in network.named_modules() if _can_be_merged(block)
     ]
     if hooks:
-        network(_trial(network, bands))
+        network(trial_window(network, bands))
     for hook in hooks:
         hook.remove()
     return seen
@@ -150,12 +150,19 @@ def _if_it_answers_the_same(network: nn.Module, bands: int, change: Callable[[nn
     """Return a changed copy, or the network itself where the two differ by more than rounding."""
     changed = copy.deepcopy(network)
     change(changed)
-    trial = _trial(network, bands)
-    expected, got = network(trial), changed(trial)
-    scale = float(expected.abs().max())
-    return changed if bool((got - expected).abs().max() <= 1e-4 * scale) else network
+    trial = trial_window(network, bands)
+    return changed if answers_alike(network(trial), changed(trial)) else network
 
 
-def _trial(network: nn.Module, bands: int) -> torch.Tensor:
-    noise = torch.randn(1, bands, _TRIAL_SIDE, _TRIAL_SIDE, generator=torch.Generator().manual_seed(0))
+def answers_alike(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether two answers differ by no more than rounding."""
+    if expected.shape != found.shape:
+        return False
+    return bool((found - expected).abs().max() <= 1e-4 * float(expected.abs().max()))
+
+
+def trial_window(network: nn.Module, bands: int, more: int = 0) -> torch.Tensor:
+    """Return a window of noise, (1, bands, y, x), where the network is; ``more`` pixels on a side than the least."""
+    side = _TRIAL_SIDE + more
+    noise = torch.randn(1, bands, side, side, generator=torch.Generator().manual_seed(0))
     return noise.to(next(network.parameters()).device)
