@@ -319,8 +319,9 @@ def _peak_memory(plan: Plan) -> int:
     """
     layers = plan.dates_per_block * len(plan.bands) + (AHEAD if plan._remote else 0)
     reading = plan.threads * layers * plan.read_side**2 * 2
-    side_by_side = min(plan.blocks[1], plan.tile[1] // plan.chunks.core[1])
-    waiting = _ROWS_WAITING * (side_by_side + 1) * plan._block_bytes
+    down, across = plan.blocks
+    side_by_side = min(across, plan.tile[1] // plan.chunks.core[1] + 1)
+    waiting = min(down, _ROWS_WAITING) * side_by_side * plan._block_bytes
     choice = plan.options.runtime, plan.options.device, plan.options.precision
     network = network_bytes(plan.model, plan.chunks, *choice)
     libraries = _LIBRARIES_BYTES.get(expected_session(plan.model, *choice)[0], _OTHER_LIBRARIES_BYTES)

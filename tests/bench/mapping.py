@@ -62,7 +62,7 @@ def windows(catalog: Path, model: str, console: Console, size: int, repeats: int
     console.print(f"whole image of {size} px at once: {gib(whole_peak)} GiB")
     rows = []
     for step in sorted({512, 1024, default.core[0]}):  # all of them cut the image into equal blocks
-        for depth in (0, 32, 64, 96) if step == default.core[0] else (32, 64):
+        for depth in (0, 32, 64, 96, 128) if step == default.core[0] else (32, 96):
             if step > size:
                 continue
             (seconds, codes), peak = fresh(_chunked, catalog, model, size, step, depth, repeats)

@@ -87,7 +87,12 @@ def test_openvinos_own_error_names_the_operator(tmp_path, spec):
             return torch.special.bessel_j0(x)[:, :3]
 
     with pytest.raises(export._REFUSALS) as caught, export._quiet():
-        export._to_openvino(Odd(), replace(save_bundle(tmp_path / "m", spec, {}), spec=spec), tmp_path / "n.xml", export._example(spec, 0))
+        export._to_openvino(
+            Odd(),
+            replace(save_bundle(tmp_path / "m", spec, {}), spec=spec),
+            tmp_path / "n.xml",
+            export._example(spec, 0),
+        )
     assert "aten::special_bessel_j0" in export._reason(caught.value)
 
 
