@@ -212,7 +212,11 @@ def train_command(
                 loaded, output / "preview.png", chips=chips or output / CHIPS, overwrite=overwrite, on_progress=report
             )
         else:
-            result = train(loaded, output, chips=chips, resume=resume, overwrite=overwrite, on_progress=report)
+            try:
+                result = train(loaded, output, chips=chips, resume=resume, overwrite=overwrite, on_progress=report)
+            except KeyboardInterrupt:
+                err.print("[yellow]note[/] the same command with --resume goes on from the last checkpoint")
+                raise
     if preview_only:
         out.print(str(path), soft_wrap=True)
         return

@@ -254,3 +254,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["map", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "Example" in printed and "per-date" in printed
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("s2seg.training.config.load_config", lambda *_: None)
+    monkeypatch.setattr("s2seg.training.run.train", stop)
+    assert cli.main(["train", "any.yaml", "--output", str(tmp_path)]) != 0
+    assert "--resume goes on" in capsys.readouterr().err
