@@ -38,8 +38,8 @@ _CLIENT: dict[str, Any] = {
 _GAP = 16_384
 """Ranges that lie no further apart, in bytes, are one request."""
 
-_PATH = re.compile(r"[\w.+=@,:()-]+(/[\w.+=@,:()-]+)*", re.ASCII)
-"""Paths that mean the same to everybody: obstore would encode others anew."""
+_PATH = re.compile(r"[\w.+=@,:()-]+(/[\w.+=@,:()-]+)*\.tiff?", re.ASCII | re.IGNORECASE)
+"""Paths of TIFFs that mean the same to everybody: obstore would encode others anew."""
 
 _FOR_GDAL = (
     *(f"GDAL_HTTP_{name}" for name in ("AUTH", "USERPWD", "BEARER", "HEADERS", "HEADER_FILE", "COOKIE", "COOKIEFILE")),

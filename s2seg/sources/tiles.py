@@ -28,8 +28,8 @@ _HEADER = 32_768
 _ROOM = 64 * 2**20
 """Bytes of decoded tiles that are kept for the windows beside."""
 
-_FILES = 4096
-"""Files whose layouts are kept."""
+_LAYOUTS = 32 * 2**20
+"""Bytes of layouts that are kept: of 5000 full tiles in blocks of 1024 px, or 900 in blocks of 256 px."""
 
 Cell = tuple[int, int]
 """Row and column of a tile among those of its file."""
@@ -63,6 +63,11 @@ class Layout:
     differences: bool
     starts: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]
+
+    @property
+    def nbytes(self) -> int:
+        """About what it takes of memory."""
+        return 4096 + self.starts.nbytes + self.ends.nbytes
 
 
 def layout_of(header: bytes) -> Layout | None:
@@ -180,7 +185,7 @@ def _shared(along: slice, start: int, size: int) -> tuple[slice, slice]:
 
 
 _decoded: Shelf[tuple[Tiles, Cell], npt.NDArray[Any]] = Shelf(_ROOM, lambda tile: tile.nbytes)
-_files: Shelf[tuple[str, str | None], Tiles | None] = Shelf(_FILES)
+_files: Shelf[tuple[str, str | None], Tiles | None] = Shelf(_LAYOUTS, lambda made: made.layout.nbytes if made else 512)
 
 
 def tiles_of(href: str, sign: str | None = None) -> Tiles | None:

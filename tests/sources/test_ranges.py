@@ -56,6 +56,7 @@ def test_a_bucket_is_reached_as_gdal_would(
         ("http://me:secret@127.0.0.1:9/a.tif", {}),
         ("http://127.0.0.1:9/a%20b.tif", {}),
         ("http://127.0.0.1:9//a.tif", {}),
+        ("http://127.0.0.1:9/a.jp2", {}),
         ("http://127.0.0.1:9/a/../b.tif", {}),
         ("http://127.0.0.1:9/a.tif", {"GDAL_HTTP_BEARER": "token"}),
         ("s3://bucket/a.tif", {**KEYS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}),
