@@ -23,7 +23,10 @@ from s2seg.sources.ranges import RangeError, RemoteFile, forget_servers, usable
 from s2seg.sources.shelf import Shelf
 
 _HEADER = 32_768
-"""Bytes that are fetched to open a file: in blocks of 256 px a full tile's header is 20 KB."""
+"""Bytes that are fetched first: in blocks of 256 px a full tile's header is 20 KB."""
+
+_LONGEST = 2**20
+"""Bytes of the longest header that is fetched."""
 
 _ROOM = 64 * 2**20
 """Bytes of decoded tiles that are kept for the windows beside."""
@@ -33,6 +36,10 @@ _LAYOUTS = 32 * 2**20
 
 Cell = tuple[int, int]
 """Row and column of a tile among those of its file."""
+
+
+_SIZES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8, 0])
+"""Bytes of a value, by the number of its type in a TIFF."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +77,35 @@ class Layout:
         return 4096 + self.starts.nbytes + self.ends.nbytes
 
 
+def header_length(start: bytes) -> int:
+    """Tell where the first directory of a TIFF ends, and all that it refers to (TIFF 6.0, section 2; BigTIFF).
+
+    Raises
+    ------
+    ValueError
+        If it does not stand in these first bytes of the file.
+    """
+    order, version = {b"II": "<", b"MM": ">"}.get(start[:2]), start[2:4].strip(b"\0")
+    if order is None or version not in (b"*", b"+"):
+        raise ValueError("not a TIFF")
+    wide = "u8" if version == b"+" else "u4"
+    at = int(np.frombuffer(start, order + wide, 1, 8 if wide == "u8" else 4)[0])
+    counter = np.dtype(order + ("u8" if wide == "u8" else "u2"))
+    entry = np.dtype([("tag", order + "u2"), ("type", order + "u2"), ("count", order + wide), ("value", order + wide)])
+    count = int(np.frombuffer(start, counter, 1, at)[0])
+    entries = np.frombuffer(start, entry, count, at + counter.itemsize)
+    sizes = _SIZES[np.minimum(entries["type"], len(_SIZES) - 1)] * entries["count"].astype(np.int64)
+    ends = entries["value"].astype(np.int64) + sizes
+    return max([at + counter.itemsize + entries.nbytes, *ends[sizes > entry["value"].itemsize].tolist()])
+
+
 def layout_of(header: bytes) -> Layout | None:
-    """Tell the layout by the beginning of a file, or None where that does not hold it all, or GDAL must decode it.
+    """Tell the layout by the header of a file; None where GDAL must decode it.
 
     Raises
     ------
     RasterioError
-        If it is not the beginning of a TIFF.
+        If it is not the header of a TIFF.
     """
     with (
         rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
@@ -91,7 +120,7 @@ def layout_of(header: bytes) -> Layout | None:
         if compression not in (None, "DEFLATE") or predictor not in ("1", "2"):
             return None
         starts, sizes = (_of_each_tile(dataset, what) for what in ("BLOCK_OFFSET", "BLOCK_SIZE"))
-        if not (starts.all() and sizes.all()):  # a tile that is not stored, or a header that goes on
+        if not (starts.all() and sizes.all()):  # a tile that is not stored
             return None
         dtype = np.dtype(dataset.dtypes[0]).newbyteorder(">" if header[:2] == b"MM" else "<")
         return Layout(
@@ -212,8 +241,17 @@ def _open(names: list[tuple[str, str | None]]) -> Iterator[Tiles | None]:
     for name in names:
         file = RemoteFile(*name)
         try:
-            (header,) = file.read([(0, _HEADER)])
-            layout = layout_of(bytes(header))
-        except (RangeError, RasterioError):  # if it is not to be read at all, GDAL says why
+            layout = layout_of(_header(file))
+        except (RangeError, RasterioError, ValueError):  # if it is not to be read at all, GDAL says why
             layout = None
         yield Tiles(file, layout) if layout else None
+
+
+def _header(file: RemoteFile) -> bytes:
+    (start,) = file.read([(0, _HEADER)])
+    length = header_length(bytes(start))
+    if length > _LONGEST:
+        raise RangeError(f"its header takes {length} bytes")
+    if length > len(start):
+        (start,) = file.read([(0, length)])
+    return bytes(start)

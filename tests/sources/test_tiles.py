@@ -89,6 +89,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "strips": {"tiled": False, "blockxsize": None, "blockysize": 16},
     "strips, not compressed": {"tiled": False, "blockxsize": None, "compress": "none", "predictor": 1},
     "one tile": {"blockxsize": 208, "blockysize": 208},
+    "a long header": {"blockxsize": 16, "blockysize": 16, "pixels": np.resize(scene(), (1200, 1200))},
 }
 
 WINDOWS = [(0, 0, 150, 200), (10, 20, 100, 30), (64, 64, 64, 64), (-30, -5, 60, 60), (140, 190, 50, 50), (400, 0, 8, 8)]
@@ -112,7 +113,6 @@ LEFT_TO_GDAL: dict[str, dict[str, Any]] = {
     "packed bits": {"NBITS": 12, "predictor": 1, "pixels": scene() // 16},
     "two bands": {"pixels": np.dstack([scene(), scene()]), "interleave": "pixel"},
     "tiles that are not stored": {"SPARSE_OK": True, "pixels": np.pad(scene(), ((0, 200), (0, 0)))[-HEIGHT:]},
-    "a long header": {"blockxsize": 16, "blockysize": 16, "pixels": np.resize(scene(), (1200, 1200))},
 }
 
 
@@ -127,6 +127,28 @@ def test_what_is_laid_out_otherwise_is_left_to_gdal(
         got = read_window(AssetRef("i", "red", href), *at)
         np.testing.assert_array_equal(got, read_window(AssetRef("i", "red", str(path)), *at))
     assert tiles.tiles_of(href) is None
+
+
+def test_a_directory_at_the_end_is_left_to_gdal(tmp_path: Path, publish: Callable[[Path], str]) -> None:
+    path = encoded(tmp_path)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.update_tags(note="long enough to be written anew " * 9)
+    assert path.stat().st_size > tiles._HEADER
+    href = publish(path)
+    got = read_window(AssetRef("i", "red", href), EPSG, grid(20), Window(0, 0, WIDTH, HEIGHT))
+    np.testing.assert_array_equal(got, scene())
+    assert tiles.tiles_of(href) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"BIGTIFF": "YES"}, {"ENDIANNESS": "BIG"}])
+def test_a_header_ends_where_the_first_tile_begins(tmp_path: Path, options: dict[str, str]) -> None:
+    content = encoded(tmp_path, **options).read_bytes()
+    length = tiles.header_length(content)
+    layout = tiles.layout_of(content[:length])
+    assert layout is not None and 0 <= layout.starts.min() - length < 16
+    for start in (b"", b"II", b"GIF89a", content[:8], content[:100]):
+        with pytest.raises(ValueError):
+            tiles.header_length(start)
 
 
 @pytest.mark.parametrize("geometry", ["a finer asset", "a shifted grid", "another zone"])
