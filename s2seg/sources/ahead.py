@@ -6,6 +6,7 @@ answer or two before there is anything to decode; so while one is asked for, the
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,15 @@ _THREADS = 32
 """Reads of all chunks that are under way at once."""
 
 _pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="s2seg-read")
+
+
+def _renew_pool() -> None:
+    global _pool
+    _pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="s2seg-read")
+
+
+if hasattr(os, "register_at_fork"):  # a pool would wait for threads that stayed behind
+    os.register_at_fork(after_in_child=_renew_pool)
 
 Bounds = tuple[float, float, float, float]
 

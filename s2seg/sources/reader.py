@@ -2,7 +2,8 @@
 
 stackstac builds the graph and asks for each asset of a chunk (:mod:`s2seg.sources.ahead`). Most Sentinel-2 reads need
 no warp: the asset's grid is the target grid, or a whole multiple or fraction of it (10, 20 and 60 m). Those are read
-directly, which takes about half the time of a warp; everything else goes through GDAL's warper.
+directly, which takes about half the time of a warp; everything else goes through GDAL's warper. Direct reads from afar
+do without GDAL where the file allows it (:mod:`s2seg.sources.tiles`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,10 @@ from s2seg.errors import ReadError
 from s2seg.sources.catalogs import load_signer
 from s2seg.sources.handles import Handles
 from s2seg.sources.radiometry import harmonize
+from s2seg.sources.tiles import Tiles, forget_tiles, tiles_of
 
 ATTEMPTS = 3
-"""How often a read is tried; GDAL's own HTTP retries come on top."""
+"""How often a read is tried, after the first time by GDAL; HTTP retries come on top."""
 
 _ALIGNED = 1e-3
 """Two grids count as aligned when they differ by less than this share of a pixel."""
@@ -99,6 +101,9 @@ class AssetRef:
         return self.band == "scl"
 
 
+Source: TypeAlias = rasterio.DatasetReader | Tiles
+"""What plain windows are read from."""
+
 _local, _remote = Handles(idle=128), Handles(idle=1024)  # each local one holds a file of the system's open
 
 
@@ -109,6 +114,7 @@ def close_files() -> None:
     """
     for handles in (_local, _remote):
         handles.clear()
+    forget_tiles()
 
 
 def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> npt.NDArray[np.uint16]:
@@ -141,8 +147,10 @@ def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> 
         # GDAL remembers a failed open; a new attempt must not be answered from that memory
         fresh = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/"} if again else {}
         try:
-            with rasterio.Env(**GDAL_ENV, **fresh), handles.lend(ref.href, sign, anew=again) as dataset:
-                pixels = _read(dataset, ref, epsg, transform, window)
+            pixels = None if again or not ref.remote else _read_tiles(ref, epsg, transform, window)
+            if pixels is None:
+                with rasterio.Env(**GDAL_ENV, **fresh), handles.lend(ref.href, sign, anew=again) as dataset:
+                    pixels = _read(dataset, ref, epsg, transform, window)
             return harmonize(pixels, ref.subtract)
         except (RasterioError, OSError) as error:
             if attempt == ATTEMPTS or not ref.remote:
@@ -157,6 +165,17 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     meaning = next((meaning for pattern, meaning in _MEANINGS.items() if re.search(pattern, text)), None)
     return f"{text} ({meaning})" if meaning else text
+
+
+def _read_tiles(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> npt.NDArray[np.uint16] | None:
+    """Read without GDAL; None where that does not go."""
+    tiles = tiles_of(ref.href, ref.sign)
+    ratio = _ratio(tiles, epsg, transform) if tiles else None
+    if tiles is None or ratio is None or ratio < 1:
+        return None
+    if ratio == 1:
+        return _copy(tiles, transform, window)
+    return _repeat(tiles, transform, window, round(ratio), ref.resampling)
 
 
 def _read(
@@ -175,7 +194,7 @@ def _read(
     return _decimate(dataset, transform, window, round(1 / ratio), ref.categorical)
 
 
-def _ratio(dataset: rasterio.DatasetReader, epsg: int, transform: Affine) -> float | None:
+def _ratio(dataset: Source, epsg: int, transform: Affine) -> float | None:
     """Asset pixel size over target pixel size where the grids nest, else None."""
     own = dataset.transform
     square = abs(own.a + own.e) < 1e-9 and own.b == own.d == 0
@@ -191,7 +210,7 @@ def _ratio(dataset: rasterio.DatasetReader, epsg: int, transform: Affine) -> flo
     return ratio if all(abs(s - round(s)) < _ALIGNED for s in shifts) else None
 
 
-def _offset(dataset: rasterio.DatasetReader, transform: Affine, unit: float) -> tuple[int, int]:
+def _offset(dataset: Source, transform: Affine, unit: float) -> tuple[int, int]:
     """Row and column of the target grid's origin in the asset, in pixels of ``unit`` metres."""
     own = dataset.transform
     return round((own.f - transform.f) / unit), round((transform.c - own.c) / unit)
@@ -219,7 +238,7 @@ def _blank(window: Window, rows: slice, cols: slice) -> npt.NDArray[np.uint16]:
     return np.empty(shape, np.uint16) if whole else np.zeros(shape, np.uint16)
 
 
-def _copy(dataset: rasterio.DatasetReader, transform: Affine, window: Window) -> npt.NDArray[np.uint16]:
+def _copy(dataset: Source, transform: Affine, window: Window) -> npt.NDArray[np.uint16]:
     """Read pixel for pixel."""
     row0, col0 = _offset(dataset, transform, transform.a)
     height, width = _shape(window)
@@ -232,7 +251,7 @@ def _copy(dataset: rasterio.DatasetReader, transform: Affine, window: Window) ->
 
 
 def _repeat(
-    dataset: rasterio.DatasetReader,
+    dataset: Source,
     transform: Affine,
     window: Window,
     factor: int,

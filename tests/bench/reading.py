@@ -8,8 +8,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from rasterio.windows import Window
 from rich.console import Console
 from rich.table import Table
 
+from s2seg.sources.ranges import installed
 from s2seg.sources.reader import GDAL_ENV, close_files
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
@@ -37,6 +39,9 @@ NETWORKS = (
     ("http", 0.02, 2), ("http", 0.02, 4), ("http", 0.02, 8), ("http", 0.08, 4), ("http", 0.08, 8), ("s3", 0.02, 4),
 )  # fmt: skip
 """What is read over: protocol, seconds by which every answer is late, threads."""
+
+READERS = ("tiles", "GDAL")
+"""Who reads from afar: :mod:`s2seg.sources.tiles`, the default where its packages are installed, and GDAL alone."""
 
 
 def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
@@ -127,39 +132,49 @@ def over_network(catalog: Path, console: Console, repeats: int) -> dict[str, Any
     chunks = -(-grid.shape[0] // BLOCK) * -(-grid.shape[1] // BLOCK)
     pixels = grid.shape[0] * grid.shape[1] * len(files) / MEGA
     on_disk = sum(file.stat().st_size for file in files.values())
-    table = Table("from", "ms late", "threads", "s", "min-max", "Mpx-band/s", "requests", "per chunk and band",
-                  "MB per chunk", "of the files' bytes", "peak GiB", title=f"{grid.shape[0]} px, {len(files)} bands in "
-                  f"{chunks} chunks, from a server whose every answer is late")  # fmt: skip
+    table = Table("from", "ms late", "threads", "reader", "s", "min-max", "Mpx-band/s", "requests",
+                  "per chunk and band", "MB per chunk", "of the files' bytes", "peak GiB", title=f"{grid.shape[0]} px, "
+                  f"{len(files)} bands in {chunks} chunks, from a server whose every answer is late")  # fmt: skip
     figures: dict[str, Any] = {}
-    for kind, delay, threads in NETWORKS:
-        (seconds, requests, sent), peak = fresh(_from_afar, item.to_dict(), grid, files, kind, delay, threads, repeats)
-        figures[f"{kind} {1000 * delay:.0f} ms, {threads} threads"] = {
+    for (kind, delay, threads), reader in product(NETWORKS, READERS if installed() else READERS[1:]):
+        (seconds, requests, sent), peak = fresh(
+            _from_afar, item.to_dict(), grid, files, (kind, delay, threads), reader, repeats
+        )
+        figures[f"{kind} {1000 * delay:.0f} ms, {threads} threads, {reader}"] = {
             "seconds": seconds, "chunks": chunks, "requests": requests, "bytes": sent, "files_bytes": on_disk,
             "peak_bytes": peak,
         }  # fmt: skip
         table.add_row(
-            kind, f"{1000 * delay:.0f}", str(threads), *spread(seconds), f"{pixels / statistics.median(seconds):.0f}",
-            str(requests), f"{requests / chunks / len(files):.2f}", f"{sent / MEGA / chunks:.2f}",
-            f"{sent / on_disk:.2f}", gib(peak),
+            kind, f"{1000 * delay:.0f}", str(threads), reader, *spread(seconds),
+            f"{pixels / statistics.median(seconds):.0f}", str(requests), f"{requests / chunks / len(files):.2f}",
+            f"{sent / MEGA / chunks:.2f}", f"{sent / on_disk:.2f}", gib(peak),
         )  # fmt: skip
     console.print(table)
     return figures
 
 
 def _from_afar(
-    item: dict[str, Any], grid: GeoBox, files: dict[str, Path], kind: str, delay: float, threads: int, repeats: int
+    item: dict[str, Any],
+    grid: GeoBox,
+    files: dict[str, Path],
+    network: tuple[str, float, int],
+    reader: str,
+    repeats: int,
 ) -> tuple[list[float], int, int]:
     """Seconds of each time; requests and bytes of the last."""
+    kind, delay, threads = network
     far, folder = pystac.Item.from_dict(item), next(iter(files.values())).parent
     seconds: list[float] = []
-    for _ in range(repeats):
-        # a new port, so that GDAL remembers nothing of the last time
-        with serving(folder.parent, delay) as (address, traffic), anonymous_s3(address):
-            root = "s3:/" if kind == "s3" else address
-            for band, file in files.items():
-                far.assets[band].href = f"{root}/{folder.name}/{file.name}"
-            seconds.append(timed(partial(drain, stack([far], grid, list(files), chunksize=BLOCK).data, threads)))
-            requests, sent = traffic.requests, traffic.sent
+    with nullcontext() if reader == "tiles" else patch("s2seg.sources.reader.tiles_of", return_value=None):
+        for _ in range(repeats):
+            # a new port, so that GDAL remembers nothing of the last time
+            with serving(folder.parent, delay) as (address, traffic), anonymous_s3(address):
+                root = "s3:/" if kind == "s3" else address
+                for band, file in files.items():
+                    far.assets[band].href = f"{root}/{folder.name}/{file.name}"
+                lazy = stack([far], grid, list(files), chunksize=BLOCK)
+                seconds.append(timed(partial(drain, lazy.data, threads)))
+                requests, sent = traffic.requests, traffic.sent
     return seconds, requests, sent
 
 

@@ -16,8 +16,8 @@ import pytest
 from rasterio.windows import Window
 
 from s2seg.errors import ReadError
-from s2seg.sources import reader
-from s2seg.sources.reader import AssetRef, read_window
+from s2seg.sources import ranges, reader
+from s2seg.sources.reader import AssetRef, close_files, read_window
 from s2seg.sources.stack import stack
 from s2seg.testing import position_scene
 from tests.sources.test_reader import EPSG, grid, positions, write
@@ -98,12 +98,23 @@ class Handler(BaseHTTPRequestHandler):
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setitem(reader.GDAL_ENV, "GDAL_HTTP_MAX_RETRY", 0)
     monkeypatch.setattr(reader.time, "sleep", lambda seconds: None)
+    monkeypatch.setitem(ranges.RETRIES, "max_retries", 0)
+    close_files()  # ports come back: nothing may be remembered of the server before
     server = Store(Path(write(tmp_path / "band.tif", positions(200, 200), 10)).read_bytes())
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(autouse=True, params=["tiles", "gdal"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read with and without GDAL."""
+    if request.param == "gdal":
+        monkeypatch.setattr(reader, "tiles_of", lambda *_: None)
+    elif not ranges.installed():
+        pytest.skip("obstore and deflate are not installed")
 
 
 WHOLE = Window(0, 0, 200, 200)
@@ -174,7 +185,7 @@ def test_threads_share_what_is_open(store: Store) -> None:
     for _ in range(3):
         with ThreadPoolExecutor(1) as other:
             other.submit(read_window, ref, EPSG, grid(10), TOP).result()
-    assert store.requests == 2  # a HEAD and the header
+    assert store.requests == 2  # GDAL: the size, and the header with the tiles; otherwise: the header, and the tiles
 
 
 @pytest.mark.parametrize("time_chunks", [-1, 1])
