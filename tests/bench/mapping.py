@@ -127,7 +127,7 @@ def end_to_end(catalog: Path, size: int, model: str, folder: Path, repeats: int,
     runtime, precision = way
     options = MapOptions(composite=CompositeSpec(mask=()), runtime=runtime, precision=precision, overwrite=True)
     plan = plan_area(catalog, inner_box(catalog), DATES, model, options)
-    (stages, seconds, first), peak = fresh(_map, catalog, model, folder / "map", options, repeats)
+    (stages, seconds, first), peak = fresh(_map, catalog, size, model, folder / "map", options, repeats)
     height, width = plan.geobox.shape
     (session, bare), _ = fresh(_network_alone, catalog, model, way, plan.chunks.window)
     unchanged, _ = fresh(_unchanged_network, catalog, model, session, plan.chunks.window)
@@ -139,12 +139,13 @@ def end_to_end(catalog: Path, size: int, model: str, folder: Path, repeats: int,
 
 
 def _map(
-    catalog: Path, model: str, output: Path, options: MapOptions, repeats: int
+    catalog: Path, size: int, model: str, output: Path, options: MapOptions, repeats: int
 ) -> tuple[list[dict[str, float]], list[float], float]:
     box = inner_box(catalog)
-    # a first, small map pays for imports and for opening the network, once per process
+    # a first map pays for imports and for opening the network, once per process; a small one: for its windows, too, the
+    # network stays compiled
     west, south, east, north = box
-    corner = west, south, west + (east - west) / 16, south + (north - south) / 16
+    corner = west, south, west + (east - west) * 128 / size, south + (north - south) * 128 / size
     first = timed(lambda: map_area(catalog, corner, DATES, model, output, options))
     stages: list[dict[str, float]] = []
     seconds = [
