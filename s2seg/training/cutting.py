@@ -22,8 +22,11 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
-from dask.base import compute
+from dask.base import optimize
+from dask.local import get_sync
+from dask.optimization import cull
 from dask.system import CPU_COUNT
+from dask.typing import Key
 
 Pixels = npt.NDArray[Any]
 
@@ -229,17 +232,21 @@ def _with_whole_pixels(image: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
     return image if present.all() else np.where(present, image, np.uint16(0))
 
 
-def _computed_ahead(jobs: Sequence[tuple[da.Array, ...]]) -> Generator[Pixels, None, None]:
+def _computed_ahead(jobs: Sequence[Sequence[da.Array]]) -> Generator[Pixels, None, None]:
     """Compute the arrays of every job at every place, in row-major order, as many jobs at a time as there are workers.
 
-    A block is computed by one thread, since several are computed at once.
+    A block is computed by one thread, since several are computed at once. What is to be done is settled once for all
+    blocks, and they come without the copy that dask makes of what it computes.
     """
     workers = dask.config.get("num_workers", None) or CPU_COUNT
+    # once optimized, every array carries the tasks of all
+    first, *_ = optimize(*(array for job in jobs for array in job))
+    graph = dict(first.__dask_graph__())
     pending: deque[Future[tuple[Pixels, ...]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="blocks") as pool:
         try:
-            for job in _at_every_place(jobs):
-                pending.append(pool.submit(compute, *job, scheduler="synchronous"))
+            for keys in _at_every_place(jobs):
+                pending.append(pool.submit(_computed, graph, keys))
                 if len(pending) > workers:
                     yield from pending.popleft().result()
             while pending:
@@ -249,6 +256,14 @@ def _computed_ahead(jobs: Sequence[tuple[da.Array, ...]]) -> Generator[Pixels, N
                 future.cancel()
 
 
-def _at_every_place(jobs: Sequence[tuple[da.Array, ...]]) -> Iterator[list[da.Array]]:
+def _computed(graph: dict[Key, Any], keys: list[Key]) -> tuple[Pixels, ...]:
+    needed, _ = cull(graph, keys)
+    blocks: tuple[Pixels, ...] = get_sync(needed, keys)
+    return blocks
+
+
+def _at_every_place(jobs: Sequence[Sequence[da.Array]]) -> Iterator[list[Key]]:
+    """Keys of the blocks of each job's arrays, of which only y and x are cut."""
     for r, c in np.ndindex(jobs[0][0].numblocks):
-        yield from ([array.blocks[..., r, c] for array in job] for job in jobs)
+        for job in jobs:
+            yield [(array.name, *(0 for _ in array.shape[:-2]), r, c) for array in job]

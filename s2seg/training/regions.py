@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pystac
 import xarray as xr
@@ -17,7 +16,7 @@ from s2seg.sources.labels import LabelSource, RasterLabels, VectorLabels, footpr
 from s2seg.sources.radiometry import decide_offsets
 from s2seg.sources.scene import SceneSpec, compose
 from s2seg.sources.search import search
-from s2seg.sources.stack import geobox_for
+from s2seg.sources.stack import aligned_chunks, geobox_for
 from s2seg.training.chips import ChipSpec
 from s2seg.training.config import AreaConfig, TrainConfig
 from s2seg.training.splits import SplitSpec, split_by_area, split_by_blocks, split_by_geometries
@@ -107,22 +106,23 @@ def _open_area(area: AreaConfig, config: TrainConfig) -> list[Region]:
         search(area.catalog, aoi, date, max_cloud_cover=area.max_cloud_cover, collection=area.collection)
         for date in area.datetime
     ]
-    geobox = geobox_for(aoi, config.resolution, [item for items in found for item in items], config.crs)
+    items = [item for of_date in found for item in of_date]
+    geobox = geobox_for(aoi, config.resolution, items, config.crs)
     # the scenes of one date are at hand together, and then, composed, all dates
-    dates = max(len(found), *(len(items) for items in found))
-    chunks = _chunks(geobox, dates, len(config.bands) + 1)
+    dates = max(len(found), *(len(of_date) for of_date in found))
+    chunks = aligned_chunks(items, geobox, _side(dates, len(config.bands) + 1))
     labels = read_labels(source, geobox, config.legend, chunks=chunks, remap=area.labels.remap)
     split = _split(area, labels, config)
     return [
         Region(
             name=area.name,
             date=date,
-            scene=_scene(items, geobox, chunks, config),
+            scene=_scene(of_date, geobox, chunks, config),
             labels=labels,
             split=split,
-            items=tuple(item.id for item in items),
+            items=tuple(item.id for item in of_date),
         )
-        for date, items in zip(area.datetime, found, strict=True)
+        for date, of_date in zip(area.datetime, found, strict=True)
     ]
 
 
@@ -154,12 +154,12 @@ def _split(area: AreaConfig, labels: xr.DataArray, config: TrainConfig) -> xr.Da
     return split_by_blocks(labels, spec, config.legend.codes)
 
 
-def _chunks(geobox: GeoBox, dates: int, bands: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _side(dates: int, bands: int) -> int:
+    """Pixels on a side of a chunk."""
     side = _CHUNK
     while side > 128 and side * side * dates * bands * 2 > _CHUNK_BYTES:
         side //= 2
-    down, across = (tuple(b - a for a, b in pairwise([*range(0, n, side), n])) for n in geobox.shape)
-    return down, across
+    return side
 
 
 def warn_of_empty_classes(counts: dict[str, dict[int, int]], config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import pickle
 import tracemalloc
 from collections import Counter
@@ -186,6 +187,36 @@ def test_dates_of_an_area_share_one_reading_of_its_labels(store_of):
     first, second = (chips.images(np.flatnonzero(chips.date == date)) for date in (june.date, july.date))
     assert len(first) == 36
     np.testing.assert_array_equal(first + 7, second)
+
+
+def test_a_gap_in_one_date_takes_no_label_from_another(store_of):
+    split = np.random.default_rng(2).integers(1, 3, (64, 64)).astype(np.uint8)
+    whole = make_area((64, 64), split=split)
+    image = whole.scene.values.copy()
+    image[1, 5:9, 40] = 0
+    gap = dataclasses.replace(whole, date="2021-07", scene=whole.scene.copy(data=da.from_array(image)))
+    for dates in ([whole, gap], [gap, whole]):
+        chips = store_of(*dates)
+        for i in range(len(chips)):
+            date, r, c = chips.origin[i]
+            at = np.s_[r : r + 32, c : c + 32]
+            seen = (dates[date].scene.values[:, *at] > 0).all(axis=0) & (split[at] == chips.part[i])
+            np.testing.assert_array_equal(chips.labels(i)[0], np.where(seen, whole.labels.values[at], 0))
+
+
+def test_every_shard_is_on_the_disk_before_the_store_appears(store_of, tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(file):
+        assert not (tmp_path / "chips.zarr").exists()
+        synced.append(os.fstat(file).st_ino)
+
+    monkeypatch.setattr("s2seg.training.chips._SHARD_BYTES", 2**17)
+    monkeypatch.setattr(os, "fsync", fsync)
+    chips = store_of(make_area((200, 200)))
+    shards = [p for name in ("image", "label") for p in (chips.path / name / "c").rglob("*") if p.is_file()]
+    assert len(shards) > 4
+    assert {p.stat().st_ino for p in shards} <= set(synced)
 
 
 def test_the_same_input_gives_the_same_bytes(store_of):
