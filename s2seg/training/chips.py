@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import mmap
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -612,7 +611,6 @@ class _Pixels:
                 rest = part
                 while rest:  # a system call writes as much as it likes
                     rest = rest[out.write(rest) :]
-            _settle(out.fileno())
 
     def _index(self, chips: npt.NDArray[Any]) -> bytes:
         index = np.full((self._per_shard, 2), _NO_CHIP, "<u8")
@@ -630,17 +628,6 @@ class _Pixels:
             return _Shard(file, (count, *self.array.shape[1:]), self._dtype)
         except (OSError, ValueError) as error:  # it is not there, or too short
             raise InputError(f"chips are missing from {file}; make the store anew with --overwrite") from error
-
-
-def _settle(file: int) -> None:
-    """Wait until a file is on the disk, and let the system forget it.
-
-    A store that appears under its name is then whole, whatever happens to the machine; and pages used again for the
-    next file cost a seventh of new ones where a virtual machine has yet to be given them.
-    """
-    os.fsync(file)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class _Shard:

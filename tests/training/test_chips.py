@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import os
 import pickle
 import tracemalloc
 from collections import Counter
@@ -202,21 +201,6 @@ def test_a_gap_in_one_date_takes_no_label_from_another(store_of):
             at = np.s_[r : r + 32, c : c + 32]
             seen = (dates[date].scene.values[:, *at] > 0).all(axis=0) & (split[at] == chips.part[i])
             np.testing.assert_array_equal(chips.labels(i)[0], np.where(seen, whole.labels.values[at], 0))
-
-
-def test_every_shard_is_on_the_disk_before_the_store_appears(store_of, tmp_path, monkeypatch):
-    synced = []
-
-    def fsync(file):
-        assert not (tmp_path / "chips.zarr").exists()
-        synced.append(os.fstat(file).st_ino)
-
-    monkeypatch.setattr("s2seg.training.chips._SHARD_BYTES", 2**17)
-    monkeypatch.setattr(os, "fsync", fsync)
-    chips = store_of(make_area((200, 200)))
-    shards = [p for name in ("image", "label") for p in (chips.path / name / "c").rglob("*") if p.is_file()]
-    assert len(shards) > 4
-    assert {p.stat().st_ino for p in shards} <= set(synced)
 
 
 def test_the_same_input_gives_the_same_bytes(store_of):
