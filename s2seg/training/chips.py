@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
-import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -27,6 +24,7 @@ from s2seg.errors import InputError
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable, replacing, writing
 from s2seg.training.cutting import Place, Planes, Window, blocks_of, cut, dates_together
+from s2seg.training.shards import ShardedPixels
 from s2seg.training.splits import PARTS
 
 Images = npt.NDArray[np.uint16]
@@ -36,9 +34,6 @@ Progress = Callable[[int, int], None]
 
 _FORMAT = 2
 _SHARD_BYTES = 16 * 2**20  # what a writer holds at once, and one file
-_MAPPED = 256  # files of images, and of labels, that a process keeps open
-_NO_CHIP = 2**64 - 1  # what Zarr's index of a shard says of a chunk that is not there
-_RANDOM, _SOON = (getattr(mmap, f"MADV_{name}", None) for name in ("RANDOM", "WILLNEED"))  # where systems know them
 _TABLES = {"origin": np.int32, "size": np.int32, "part": np.uint8, "histogram": np.int64}
 
 
@@ -136,7 +131,7 @@ class ChipStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._group, about = _open(self.path)
-        self._image, self._label = (_Pixels(self.path, _array(self._group, name)) for name in ("image", "label"))
+        self._image, self._label = (ShardedPixels(self.path, _array(self._group, name)) for name in ("image", "label"))
         self.fingerprint: str = about["fingerprint"]
         self.legend = Legend.from_dict(about["legend"], where=str(path))
         self.bands: tuple[str, ...] = tuple(about["bands"])
@@ -484,8 +479,8 @@ class _Writer:
         self._pending: deque[Future[_Batch]] = deque()
         with writing(path):
             self._group = zarr.open_group(str(partial.absolute()), mode="w", zarr_format=3)
-            self._image = _Pixels(partial, self._create("image", (bands, size, size), np.uint16, 0))
-            self._label = _Pixels(partial, self._create("label", (size, size), np.uint8, legend.nodata))
+            self._image = ShardedPixels(partial, self._create("image", (bands, size, size), np.uint16, 0))
+            self._label = ShardedPixels(partial, self._create("label", (size, size), np.uint8, legend.nodata))
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: type, fill: int) -> zarr.Array[Any]:
         return self._group.create_array(
@@ -573,84 +568,6 @@ def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
     if about.get("s2seg_chips") != _FORMAT:
         raise InputError(f"{path} is not a chip store, or of another version; make it anew with --overwrite")
     return group, about
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-class _Pixels:
-    """An array of the store without the ways of Zarr, which copies what it writes and opens a file for every chip.
-
-    A shard is a file: its chips one after the other, then where each begins and how long it is (Zarr v3,
-    ``sharding_indexed``), and a checksum of that.
-    """
-
-    def __init__(self, store: Path, array: zarr.Array[Any]) -> None:
-        self.array = array
-        self._folder, self._dtype = store / array.path, array.dtype.newbyteorder("<")
-        self._per_shard: int = (array.shards or array.chunks)[0]
-        self._mapped = functools.lru_cache(_MAPPED)(self._map)
-
-    def read(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Copy chips, (n, ...), into memory of their own."""
-        chips = np.empty((len(slots), *self.array.shape[1:]), self.array.dtype)
-        places = [divmod(slot, self._per_shard) for slot in slots.tolist()]
-        for number, at in places:  # from a disk, all of them come at once
-            self._mapped(number).expect(at)
-        for chip, (number, at) in zip(chips, places, strict=True):
-            chip[...] = self._mapped(number).chips[at]
-        return chips
-
-    def write(self, number: int, chips: npt.NDArray[Any]) -> None:
-        """Store chips as a shard; only the last one may have fewer than the others."""
-        pixels = chips.astype(self._dtype, copy=False)
-        file = self._file(number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb", buffering=0) as out:
-            for part in (pixels.reshape(-1).view(np.uint8).data, memoryview(self._index(pixels))):
-                rest = part
-                while rest:  # a system call writes as much as it likes
-                    rest = rest[out.write(rest) :]
-
-    def _index(self, chips: npt.NDArray[Any]) -> bytes:
-        index = np.full((self._per_shard, 2), _NO_CHIP, "<u8")
-        index[: len(chips), 0] = np.arange(len(chips)) * chips[0].nbytes
-        index[: len(chips), 1] = chips[0].nbytes
-        return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
-
-    def _file(self, number: int) -> Path:
-        return self._folder / self.array.metadata.encode_chunk_key((number, *(0 for _ in self.array.shape[1:])))
-
-    def _map(self, number: int) -> _Shard:
-        file = self._file(number)
-        count = min(self._per_shard, self.array.shape[0] - number * self._per_shard)
-        try:
-            return _Shard(file, (count, *self.array.shape[1:]), self._dtype)
-        except (OSError, ValueError) as error:  # it is not there, or too short
-            raise InputError(f"chips are missing from {file}; make the store anew with --overwrite") from error
-
-
-class _Shard:
-    """The chips of a file, mapped into memory; the system reads the chips that are asked for, and no others.
-
-    Left alone it reads megabytes around each, which chips in random order seldom meet: 7 times as long from a disk.
-    """
-
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        with file.open("rb") as source:
-            self._map = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
-        self.chips = np.frombuffer(self._map, dtype, math.prod(shape)).reshape(shape)
-        self._advise(_RANDOM)
-
-    def expect(self, index: int) -> None:
-        """Tell the system that a chip is about to be read; it begins at once, and nobody waits."""
-        size = self.chips[0].nbytes
-        start = index * size // mmap.PAGESIZE * mmap.PAGESIZE
-        self._advise(_SOON, start, (index + 1) * size - start)
-
-    def _advise(self, what: int | None, *where: int) -> None:
-        if what is not None:
-            self._map.madvise(what, *where)
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(store_of, tmp_path, monkeypa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("s2seg.training.chips._Pixels.write", full)
+    monkeypatch.setattr("s2seg.training.chips.ShardedPixels.write", full)
     with pytest.raises(OutputError, match="No space left on device; free some space"):
         store_of(make_area((300, 300)))
     assert list(tmp_path.iterdir()) == []
