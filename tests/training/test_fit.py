@@ -193,7 +193,7 @@ def test_a_frozen_encoder_stays_as_it_is(chips, tmp_path):
 
 def test_a_network_that_pools_globally_is_bound_to_the_chips_size(chips):
     local = build_spec(toy_config(), chips)
-    assert (local.stride, local.depth, local.window, local.global_context) == (8, 16, None, False)
+    assert (local.stride, local.depth, local.window, local.global_context) == (8, 24, None, False)
     squeezed = {"encoder": "se_resnet50", "arguments": {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}}
     bound = build_spec(toy_config(network=squeezed), chips)
     assert (bound.window, bound.depth, bound.global_context) == (32, 8, True)
