@@ -55,7 +55,7 @@ def trim_decoder(network: nn.Module, bands: int, margin: int) -> nn.Module:
 
 
 def middle(image: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Cut (..., y, x) evenly on all sides, to the height and width of ``shape``; what is smaller stays as it is."""
+    """Cut (..., y, x) evenly on all sides, to the height and width of ``shape``, which are no larger."""
     down, across = ((have - wanted) // 2 for have, wanted in zip(image.shape[-2:], shape[-2:], strict=True))
     return image[..., down : image.shape[-2] - down, across : image.shape[-1] - across]
 
