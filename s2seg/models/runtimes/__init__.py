@@ -167,6 +167,7 @@ def expected_session(
     bundle: ModelBundle, runtime: str = "auto", device: str = "auto", precision: str = "auto"
 ) -> tuple[str, str, str]:
     """Name the runtime, the device and the precision that :func:`open_session` tries first; nothing is opened."""
+    _check_names(bundle.path, runtime, device, precision)
     runtime = runtime if runtime != "auto" else _first_choice(bundle, device)[0]
     if not _installed(runtime):
         return runtime, device, precision
