@@ -133,7 +133,8 @@ def map_command(
     """Map the land cover of an area: search, stack, composite, classify, write.
 
     Writes land_cover.zarr, land_cover.tif (a COG with palette and class names), item.json (STAC), quicklook.png and
-    run.json (what was done, and with what).
+    run.json (what was done, and with what). Given again, the same command goes on with what was interrupted, and does
+    nothing where the map is up to date.
 
     Example: `s2seg map --catalog earth-search --aoi field.geojson --datetime 2023-06/2023-08 --model m/ --output out/`
     """
@@ -161,8 +162,10 @@ def map_command(
     if dry_run:
         out.print(_plan_table(plan_area(catalog, aoi, datetime, model, options)))
         return
-    with _cluster(scheduler, workers), _progress() as report:
+    with _cluster(scheduler, workers), _telling_notes(), _progress() as report:
         result = map_area(catalog, aoi, datetime, model, output, options, on_progress=report)
+    if result.up_to_date:
+        out.print("up to date: made of the same scenes, model and settings, so nothing was done")
     for made in result.record["maps"]:
         out.print(_class_table(made))
     ran = result.record["model"]
@@ -513,6 +516,22 @@ def _progress() -> Iterator[Any]:
         yield report
 
 
+@contextmanager
+def _telling_notes() -> Iterator[None]:
+    """When someone interrupts, say what can be done next, which the parser would not."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        _print_notes(stop)
+        raise
+
+
+def _print_notes(error: BaseException) -> None:
+    for note in getattr(error, "__notes__", ()):
+        err.print("[yellow]note[/]", end=" ")
+        err.print(note, soft_wrap=True, highlight=False, markup=False)
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     if issubclass(category, S2SegWarning):
         err.print("[yellow]note[/]", end=" ")
@@ -543,6 +562,7 @@ def main(arguments: list[str] | None = None) -> int:
         except S2SegError as error:
             err.print("[red]error[/]", end=" ")
             err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+            _print_notes(error)
             return 2
         except SystemExit as stop:  # how the parser ends: 0 after a command, 2 for a wrong option
             return int(stop.code or 0)

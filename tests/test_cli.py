@@ -49,6 +49,37 @@ def test_map_prints_what_it_made(
         assert name in printed
 
 
+def test_the_same_command_again_does_nothing(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = good(synthetic, model, tmp_path / "out")
+    assert run(options) == 0
+    first = capsys.readouterr().out
+    assert run(options) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("up to date") and again.endswith(first[-200:])
+
+
+def test_who_interrupts_is_told_how_to_go_on(
+    synthetic: SyntheticRegion,
+    model: ModelBundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = good(synthetic, model, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("s2seg.pipeline.run.write_products", interrupt)
+        assert run(options) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"what is done is kept in {tmp_path}/out/.partial: the same command goes on from there" in said
+    assert run(options) == 0
+    assert re.search(r"goes on from (\d+) of \1 blocks", capsys.readouterr().err)
+
+
 def test_a_dry_run_reads_and_writes_nothing(
     synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
-import rioxarray  # noqa: F401  registers the .rio accessor
+import rioxarray
 import shapely
 import xarray as xr
 from dask.system import CPU_COUNT
@@ -17,6 +20,7 @@ from rasterio.features import geometry_mask
 from rio_cogeo import cog_validate
 
 import s2seg
+from s2seg.errors import S2SegWarning
 from s2seg.models.bundle import ModelBundle
 from s2seg.pipeline import MapOptions, build_prediction, build_scene, map_area, plan_area
 from s2seg.sources.composite import CompositeSpec
@@ -130,20 +134,89 @@ def test_a_polygon_is_cut_out_and_its_inside_is_untouched(
     np.testing.assert_array_equal(cut.land_cover.values, np.where(inside, box.land_cover.values, LEGEND.nodata))
 
 
-def test_a_second_run_is_refused_unless_asked_to_replace(
+def test_a_second_run_is_up_to_date_or_refused_or_replaces(
     synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    map_area(synthetic.catalog, synthetic.bbox, DATES, model, out)
+    first = map_area(synthetic.catalog, synthetic.bbox, DATES, model, out)
     before = (out / "run.json").read_bytes()
-    with pytest.raises(s2seg.S2SegError, match="exists already"):
-        map_area(synthetic.catalog, synthetic.bbox, DATES, model, out)
+    stages: list[str] = []
+    again = map_area(
+        synthetic.catalog, synthetic.bbox, DATES, model, out, on_progress=lambda stage, *_: stages.append(stage)
+    )
+    assert not first.up_to_date and again == replace(first, record=json.loads(before), up_to_date=True)
+    assert set(stages) == {"search"}
+    other = tiny_onnx(tmp_path / "other", kernel=3)
+    for changed in (
+        lambda: map_area(synthetic.catalog, synthetic.bbox, "2021-01/2021-07", model, out),
+        lambda: map_area(synthetic.catalog, synthetic.bbox, DATES, other, out),
+        lambda: map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(resolution=20)),
+        lambda: map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(composite="per-date")),
+    ):
+        with pytest.raises(s2seg.S2SegError, match="exists already, of other scenes, another model or other settings"):
+            changed()
     assert (out / "run.json").read_bytes() == before
     map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(overwrite=True))
     assert (out / "run.json").read_bytes() != before
     map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(overwrite=True, composite="per-date"))
     assert not (out / "land_cover.tif").exists() and not (out / "item.json").exists(), "of the earlier run"
     assert len(list(out.glob("land_cover_*.tif"))) == 3
+    next(out.glob("land_cover_*.tif")).unlink()
+    with pytest.raises(s2seg.S2SegError, match="exists already; pass --overwrite"):
+        map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(composite="per-date"))
+
+
+KILLED = """
+import os, signal, sys
+from s2seg.pipeline import MapOptions, map_area
+
+def step(stage, done, total):
+    if stage == "map" and done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+catalog, west, south, east, north, dates, model, out = sys.argv[1:]
+bbox = tuple(map(float, (west, south, east, north)))
+map_area(catalog, bbox, dates, model, out, MapOptions(core=64), step)
+"""
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["kill -9", "Ctrl-C"])
+def test_an_interrupted_run_goes_on(synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, kill: bool) -> None:
+    out, options = tmp_path / "out", MapOptions(core=64)
+    whole = map_area(synthetic.catalog, synthetic.bbox, DATES, model, tmp_path / "whole", options)
+    if kill:
+        arguments = map(str, (synthetic.catalog, *synthetic.bbox, DATES, model.path, out))
+        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[1])
+        assert done.returncode == -signal.SIGKILL
+    else:
+
+        def stop(stage: str, done: int, total: int) -> None:
+            if stage == "map" and done == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, options, stop)
+        assert "the same command goes on" in interrupt.value.__notes__[0]
+    assert [p.name for p in out.iterdir()] == [".partial"]
+    with pytest.warns(S2SegWarning, match=r"goes on from 3 of \d+ blocks"):
+        result = map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, options)
+    maps = [rioxarray.open_rasterio(r.land_cover[0]).values for r in (whole, result)]
+    np.testing.assert_array_equal(*maps)
+    assert not list(out.glob(".*"))
+
+
+def test_outputs_that_were_interrupted_need_no_second_map(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "outputs":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        map_area(synthetic.catalog, synthetic.bbox, DATES, model, tmp_path / "out", on_progress=stop)
+    monkeypatch.setattr("s2seg.inference._predict_block", lambda *_, **__: pytest.fail("mapped again"))
+    with pytest.warns(S2SegWarning, match=r"goes on from (\d+) of \1 blocks"):
+        map_area(synthetic.catalog, synthetic.bbox, DATES, model, tmp_path / "out")
 
 
 def test_the_plan_is_the_run(synthetic: SyntheticRegion, model: ModelBundle) -> None:
@@ -155,6 +228,12 @@ def test_the_plan_is_the_run(synthetic: SyntheticRegion, model: ModelBundle) -> 
     # three dates of four 2-byte bands at 10 m and one 1-byte band at 20 m; tiles overlap a little
     exact = plan.geobox.shape.x * plan.geobox.shape.y * 3 * (4 * 2 + 1 / 4)
     assert exact * 0.9 < plan.bytes_to_read < exact * 1.6
+
+
+@pytest.mark.parametrize("wrong", [{"runtime": "tensorflow"}, {"device": "gpu"}, {"precision": "int8"}], ids=repr)
+def test_a_plan_names_unknown_choices(synthetic: SyntheticRegion, model: ModelBundle, wrong: dict[str, str]) -> None:
+    with pytest.raises(s2seg.S2SegError, match=f"unknown {next(iter(wrong))}"):
+        plan_area(synthetic.catalog, synthetic.bbox, DATES, model, MapOptions(**wrong))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", ["box", "triangle"])

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s2seg.errors import OutputError
+from s2seg.errors import OutputError, ReadError, S2SegError
 from s2seg.legend import Legend
 
 
@@ -71,20 +71,44 @@ def writing(path: str | Path) -> Iterator[None]:
         raise OutputError(str(path), f"{reason}; {way_out}") from error
 
 
+def partial_of(path: Path) -> Path:
+    """Where :func:`replacing` has a file or folder written."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that takes the place of ``path`` when the block ends well, and vanishes otherwise."""
-    partial = path.with_name(f".{path.name}.partial")
+def replacing(path: Path, begun: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """Yield a temporary sibling that takes the place of ``path`` when the block ends well, and vanishes otherwise.
+
+    Parameters
+    ----------
+    path
+        What is to be written.
+    begun
+        Whether what the sibling holds is worth going on from: asked at the start of what an earlier run has left, and
+        again if the block is interrupted (:func:`may_go_on`). If so, the sibling stays.
+    """
+    partial = partial_of(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
+        if not begun():
+            remove(partial)
     try:
         yield partial
         with writing(path):
             _swap(partial, path)
-    except BaseException:  # also an interrupt: nothing half-written may stay
-        _clear_away(partial)
+    except BaseException as error:  # also an interrupt: nothing half-written may stay
+        if not (may_go_on(error) and begun()):
+            _clear_away(partial)
         raise
+
+
+def may_go_on(error: BaseException) -> bool:
+    """Whether the next run may get further from here: after an interrupt, a lost worker, a server that failed.
+
+    Not where the input or the disk must change first.
+    """
+    return not isinstance(error, S2SegError) or (isinstance(error, ReadError) and is_url(error.href))
 
 
 def _clear_away(partial: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-import dask
 import dask.array as da
 import fsspec
 import numpy as np
@@ -19,15 +19,21 @@ import numpy.typing as npt
 import odc.geo.xr
 import xarray as xr
 import zarr
-from dask.callbacks import Callback
-from dask.core import flatten
 from odc.geo.geobox import GeoBox
 from zarr.codecs import ZstdCodec
 
-from s2seg.client import current_client
 from s2seg.errors import InputError, OutputError
 from s2seg.legend import Legend
-from s2seg.outputs._files import check_writable, existing_parent, identifiers, is_url, replacing, writing
+from s2seg.outputs._blocks import Ledger, Progress, compute
+from s2seg.outputs._files import (
+    check_writable,
+    existing_parent,
+    identifiers,
+    is_url,
+    partial_of,
+    replacing,
+    writing,
+)  # fmt: skip
 
 __all__ = ["check_writable", "open_stored", "pieces", "read_land_cover", "write_zarr"]
 
@@ -35,9 +41,8 @@ _INNER = 512  # a viewer's request; several make a shard
 _ZSTD_LEVEL = 3  # class maps 8.6 : 1; level 6 reaches 10.5 : 1 for twice the time, which the network would miss
 _TOGETHER = 2**24  # pixels of shards in a row that one request decodes in several threads
 _BEST_RATIO = 16  # the disk must hold at least this share of the raw bytes
+_LEDGER = "written.txt"  # in the store while it is incomplete: the blocks that are there
 _EPOCH = np.datetime64("1970-01-01T00:00:00", "us")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def write_zarr(
     tile: tuple[int, int] = (16384, 4096),
     attrs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    fingerprint: str | None = None,
     on_progress: Progress | None = None,
 ) -> Path | str:
     """Compute a lazy prediction and store it as it comes.
@@ -90,8 +96,12 @@ def write_zarr(
         More attributes for the group, JSON values.
     overwrite
         Replace what stands at ``path``.
+    fingerprint
+        What the prediction is made of, in one word, for a local path. A write that was interrupted is then kept as
+        ``.NAME.partial``, and the next one of the same fingerprint goes on from the blocks that are there; a finished
+        one of the same fingerprint is left as it is.
     on_progress
-        Called with (done, total) blocks.
+        Called with (done, total) blocks, first with those that are there already.
 
     Returns
     -------
@@ -101,21 +111,29 @@ def write_zarr(
     Raises
     ------
     OutputError
-        If the path exists, cannot be written, or its disk is full; nothing is left behind on a local disk.
+        If the path exists, cannot be written, or its disk is full; nothing is then left behind on a local disk.
     InputError
         If the variables are cut differently, or irregularly.
     """
     legend = _legend(prediction)
     prediction = _with_blocks(prediction)
     axes = _axes(prediction)
+    shape = tuple(len(prediction.chunks[dim]) for dim in _block_dims(prediction))
     if is_url(path):
         _check_url(str(path), overwrite=overwrite)
-        _write(prediction, legend, axes, str(path), str(path), tile, attrs or {}, on_progress)
+        _write(prediction, legend, axes, str(path), str(path), tile, Ledger(shape), attrs or {}, on_progress)
         return str(path)
-    path = check_writable(path, overwrite=overwrite)
+    path = Path(path)
+    if fingerprint and _fingerprint(path) == fingerprint:
+        if on_progress is not None:
+            on_progress(prod(shape), prod(shape))
+        return path
+    check_writable(path, overwrite=overwrite)
+    ledger = Ledger(shape, partial_of(path) / _LEDGER, fingerprint) if fingerprint else Ledger(shape)
     _check_space(prediction, path)
-    with replacing(path) as partial:
-        _write(prediction, legend, axes, str(partial.absolute()), str(path), tile, attrs or {}, on_progress)
+    with replacing(path, begun=lambda: bool(fingerprint and ledger.done.any())) as partial:
+        attrs = dict(attrs or {}) | ({"fingerprint": fingerprint} if fingerprint else {})
+        _write(prediction, legend, axes, str(partial.absolute()), str(path), tile, ledger, attrs, on_progress)
     return path
 
 
@@ -258,21 +276,31 @@ def _write(
     url: str,
     label: str,
     tile: tuple[int, int],
+    ledger: Ledger,
     attrs: Mapping[str, Any],
     on_progress: Progress | None,
 ) -> None:
-    with writing(label):
-        _preallocate(prediction, legend, axes, url)
+    if not ledger.done.any():
+        with writing(label):
+            _preallocate(prediction, legend, axes, url)
+    ledger.start()
     target = _Target(
         url,
         label,
         tuple(tuple(map(str, v.dims)) for v in prediction.data_vars.values()),
         tuple(map(str, prediction.data_vars)),
     )
-    blocks = _write_tasks(prediction, target)
-    _compute(blocks, axes["y"].chunk, axes["x"].chunk, tile, on_progress)
+    down, across = (max(1, pixels // axes[dim].chunk) for dim, pixels in zip(("y", "x"), tile, strict=True))
+    compute(_write_tasks(prediction, target), (down, across), ledger, on_progress)
     with writing(label):
+        ledger.close()
         _finish(url, legend, attrs)
+
+
+def _fingerprint(path: Path) -> str | None:
+    """What a finished map is made of."""
+    about = path / "zarr.json"
+    return json.loads(about.read_text())["attributes"].get("fingerprint") if about.exists() else None
 
 
 # -- metadata ---------------------------------------------------------------------------------------------------------
@@ -378,9 +406,14 @@ def _finish(url: str, legend: Legend, attrs: Mapping[str, Any]) -> None:
 # -- pixels -----------------------------------------------------------------------------------------------------------
 
 
+def _block_dims(prediction: xr.Dataset) -> tuple[str, ...]:
+    """Dimensions along which a prediction is written block by block."""
+    return tuple(dim for dim in ("time", "y", "x") if dim in prediction.dims)
+
+
 def _write_tasks(prediction: xr.Dataset, target: _Target) -> da.Array:
     """Lazy array with one element per block, whose computation writes that block of all variables."""
-    dims = tuple(d for d in ("time", "y", "x") if d in prediction.dims)
+    dims = _block_dims(prediction)
     chunks = prediction.chunks
     # a block learns where it lies from the indices that travel with it, whatever part of the graph is computed
     where = [da.from_array(np.arange(sum(chunks[d])), chunks=(chunks[d],), name=False) for d in dims]
@@ -416,70 +449,3 @@ def _write_block(*arrays: npt.NDArray[Any], target: _Target, index_dims: tuple[s
                 continue  # one map for all dates: the first date's task has written it
             cast(zarr.Array[Any], group[name])[tuple(spans.get(d, slice(None)) for d in dims)] = block
     return np.ones((1,) * len(index_dims), np.uint8)
-
-
-def _compute(blocks: da.Array, chunk_y: int, chunk_x: int, tile: tuple[int, int], on_progress: Progress | None) -> None:
-    total, done = blocks.npartitions, 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
-
-    tiles = _tiles(blocks, max(1, tile[0] // chunk_y), max(1, tile[1] // chunk_x))
-    client = current_client()
-    if client is None:
-        for part in tiles:
-            with _counting(part, step):
-                part.persist()  # compute would rename the key of a single block
-    else:
-        _compute_on_cluster(client, tiles, step)
-
-
-def _tiles(blocks: da.Array, rows: int, columns: int) -> Iterator[da.Array]:
-    ny, nx = blocks.numblocks[-2:]
-    for y in range(0, ny, rows):
-        for x in range(0, nx, columns):
-            yield blocks.blocks[..., y : y + rows, x : x + columns]
-
-
-def _counting(part: da.Array, step: Callable[[], None]) -> Callback:
-    """Call ``step`` for each finished block of an array under one of dask's local schedulers."""
-    keys = set(flatten(part.__dask_keys__()))
-    return Callback(posttask=lambda key, *_: step() if key in keys else None)
-
-
-def _compute_on_cluster(client: Any, tiles: Iterator[da.Array], step: Callable[[], None]) -> None:
-    from distributed import as_completed, futures_of
-
-    running = as_completed()
-    held: set[Any] = set()
-
-    def settle(limit: int) -> None:
-        while len(held) > limit:
-            future = next(running)
-            held.remove(future)
-            future.result()
-            step()
-
-    try:
-        for part in tiles:
-            futures = futures_of(_persist(client, part))
-            held.update(futures)
-            running.update(futures)
-            settle(len(futures) // 2)  # the next tile goes in when half of this one is done: no worker idles at its end
-        settle(0)
-    finally:
-        client.cancel(list(held))
-
-
-def _persist(client: Any, part: da.Array) -> da.Array:
-    """Start one tile; its tasks are not fused where some are bound to workers, which dask would forget."""
-    if any(layer.annotations for layer in part.dask.layers.values()):
-        # here and not on the scheduler, which does not see this configuration
-        with dask.config.set({"optimization.fuse.active": False, "optimization.annotations.fuse": False}):
-            graph = part.__dask_optimize__(part.dask, part.__dask_keys__())
-        unfused = da.Array(graph, part.name, part.chunks, meta=part._meta)
-        return cast(da.Array, client.persist(unfused, optimize_graph=False))
-    return cast(da.Array, client.persist(part))

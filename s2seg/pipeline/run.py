@@ -22,9 +22,10 @@ from s2seg.inference import gpu_annotations
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle, load_model
 from s2seg.models.runtimes import SessionRef, choose_session
-from s2seg.outputs._files import check_writable, remove, writing
+from s2seg.outputs._files import check_writable, may_go_on, partial_of, remove, writing
 from s2seg.outputs.zarr import write_zarr
 from s2seg.pipeline.build import build_prediction, build_scene
+from s2seg.pipeline.fingerprint import fingerprint, finished
 from s2seg.pipeline.plan import MapOptions, Plan, plan_area
 from s2seg.pipeline.products import Product, describe_run, write_products
 from s2seg.sources.catalogs import Catalog, resolve_catalog
@@ -33,9 +34,10 @@ from s2seg.sources.radiometry import decide_offsets
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total."""
 
+_ZARR = "land_cover.zarr"
 _OUTPUTS = (
     "run.json",
-    "land_cover.zarr",
+    _ZARR,
     "land_cover*.tif",
     "land_cover*.tif.aux.xml",
     "land_cover*.qml",
@@ -59,6 +61,8 @@ class MapResult:
         Paths; one COG and one STAC item per date in ``per-date`` mode, else one of each.
     record
         What ``run.json`` holds.
+    up_to_date
+        Whether all of it was there already, made of the same scenes, model and settings, so that nothing was done.
     """
 
     zarr: Path
@@ -67,6 +71,7 @@ class MapResult:
     quicklook: Path
     run: Path
     record: Mapping[str, Any]
+    up_to_date: bool = False
 
 
 def map_area(
@@ -82,7 +87,8 @@ def map_area(
 
     Writes ``land_cover.zarr``, ``land_cover.tif`` (a COG), ``item.json`` (STAC), ``quicklook.png`` and ``run.json``; in
     ``per-date`` mode the Zarr has a time axis, and there is one COG and one item per date. Nothing appears under these
-    names before all of it is complete.
+    names before all of it is complete. An interrupted run leaves its blocks in ``.partial``, and the next one that is
+    to make the same map goes on from there; what is up to date is left as it is.
 
     Parameters
     ----------
@@ -105,7 +111,7 @@ def map_area(
     options = options or MapOptions()
     folder = Path(output)
     report = on_progress or _silent
-    _refuse_existing(folder, options)
+    earlier = _earlier_run(folder, options)
     clock = _Clock()
     with _noted_warnings() as notes:
         with clock("search"):
@@ -113,20 +119,24 @@ def map_area(
             plan = plan_area(catalog, aoi, datetime, model, options)
             report("search", 1, 1)
         with clock("prepare"):
-            session, why = _open_session(plan)
             offsets = decide_offsets(plan.items, check=options.check_offsets)
+            made_of = fingerprint(plan, offsets)
+            if earlier:
+                _check_up_to_date(folder, earlier, made_of)
+                return _result(folder, earlier, up_to_date=True)
+            session, why = _open_session(plan)
         scene = build_scene(plan, offsets)
         prediction = build_prediction(plan, scene)
         with _staging(folder) as staged, dask.config.set(num_workers=plan.threads):
             with clock("map"):
                 write_zarr(
-                    prediction, staged / "land_cover.zarr", tile=plan.tile,
-                    on_progress=lambda done, total: report("map", done, total),
+                    prediction, staged / _ZARR, tile=plan.tile, overwrite=True, fingerprint=made_of,
+                    on_progress=_noting_the_start(lambda done, total: report("map", done, total)),
                 )  # fmt: skip
             with clock("outputs"):
                 products = write_products(plan, staged, offsets, lambda d, n: report("outputs", d, n))
             _refuse_empty(products, plan.model.spec.legend)
-            record = describe_run(
+            record = {"fingerprint": made_of} | describe_run(
                 plan,
                 str(resolve_catalog(catalog).url),
                 datetime,
@@ -139,13 +149,18 @@ def map_area(
             with writing(folder):
                 (staged / "run.json").write_text(json.dumps(record, indent=2) + "\n")
                 _publish(staged, folder)
+    return _result(folder, record)
+
+
+def _result(folder: Path, record: Mapping[str, Any], *, up_to_date: bool = False) -> MapResult:
     return MapResult(
-        zarr=folder / "land_cover.zarr",
-        land_cover=tuple(folder / product.land_cover for product in products),
-        items=tuple(folder / product.item for product in products),
+        zarr=folder / _ZARR,
+        land_cover=tuple(folder / made["land_cover"] for made in record["maps"]),
+        items=tuple(folder / made["item"] for made in record["maps"]),
         quicklook=folder / "quicklook.png",
         run=folder / "run.json",
         record=record,
+        up_to_date=up_to_date,
     )
 
 
@@ -198,29 +213,69 @@ def _silent(stage: str, done: int, total: int) -> None:
     """Report to nobody."""
 
 
-def _refuse_existing(folder: Path, options: MapOptions) -> None:
-    """Check the output before anything is read."""
-    check_writable(folder / "run.json", overwrite=options.overwrite)
+def _noting_the_start(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Say so if the first report is not of nothing."""
+    told = False
+
+    def step(done: int, total: int) -> None:
+        nonlocal told
+        if done and not told:
+            warnings.warn(S2SegWarning(f"goes on from {done} of {total} blocks of an interrupted run"), stacklevel=2)
+        told = True
+        report(done, total)
+
+    return step
+
+
+def _earlier_run(folder: Path, options: MapOptions) -> dict[str, Any]:
+    """Check the output before anything is read; returns the record of a finished run that may be up to date."""
+    check_writable(folder / "run.json", overwrite=True)
     found = [path for pattern in _OUTPUTS for path in folder.glob(pattern)]
-    if found and not options.overwrite:
+    if options.overwrite or not found:
+        return {}
+    record = finished(folder)
+    if not record:
         raise OutputError(str(found[0]), "it exists already; pass --overwrite to replace it")
+    return record
+
+
+def _check_up_to_date(folder: Path, record: Mapping[str, Any], made_of: str) -> None:
+    """Raise an OutputError if a finished run made another map."""
+    if record.get("fingerprint") != made_of:
+        raise OutputError(
+            str(folder / "run.json"),
+            "it exists already, of other scenes, another model or other settings; pass --overwrite to replace it",
+        )
 
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A folder inside the output that is removed again, with the output folder if that is new and still empty."""
+    """A folder inside the output that is removed again, with the output folder if that is new and still empty.
+
+    The blocks of an interrupted run stay in it.
+    """
     created = [p for p in (folder, *folder.parents) if not p.exists()]
     staged = folder / ".partial"
+    begun = staged / _ZARR, partial_of(staged / _ZARR)
     with writing(folder):
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
+        staged.mkdir(parents=True, exist_ok=True)
+        for left in staged.iterdir():
+            if left not in begun:
+                remove(left)
+    kept = False
     try:
         yield staged
+    except BaseException as error:
+        kept = may_go_on(error) and any(path.exists() for path in begun)
+        if kept:
+            error.add_note(f"what is done is kept in {staged}: the same command goes on from there")
+        raise
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        for made in created:
-            if made.exists() and not any(made.iterdir()):
-                made.rmdir()
+        if not kept:
+            shutil.rmtree(staged, ignore_errors=True)
+            for made in created:
+                if made.exists() and not any(made.iterdir()):
+                    made.rmdir()
 
 
 def _publish(staged: Path, folder: Path) -> None:

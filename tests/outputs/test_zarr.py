@@ -5,6 +5,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from odc.geo.xr import xr_coords
 
 from s2seg.errors import InputError, OutputError, ReadError
 from s2seg.legend import Legend
+from s2seg.outputs._blocks import Ledger
 from s2seg.outputs.zarr import open_stored, pieces, read_land_cover, write_zarr
 from tests.outputs.conftest import grid
 
@@ -220,7 +222,7 @@ def test_progress_counts_blocks(tmp_path, legend, make_prediction):
     write_zarr(
         make_prediction(legend), tmp_path / "m.zarr", tile=(128, 128), on_progress=lambda *step: seen.append(step)
     )
-    assert seen == [(i, 12) for i in range(1, 13)]
+    assert seen == [(i, 12) for i in range(13)]
 
 
 def test_worker_processes_write_the_same_bytes_as_threads(tmp_path, legend, make_prediction):
@@ -238,7 +240,7 @@ def test_worker_processes_write_the_same_bytes_as_threads(tmp_path, legend, make
         with pytest.raises(ReadError, match="tile gone"):
             write_zarr(failing, tmp_path / "failing.zarr")
     assert stored_files(tmp_path / "c.zarr") == stored_files(tmp_path / "threads.zarr")
-    assert seen == [(i, 12) for i in range(1, 13)]
+    assert seen == [(i, 12) for i in range(13)]
     assert not (tmp_path / "failing.zarr").exists()
 
 
@@ -251,6 +253,108 @@ def test_a_url_is_written_in_place_and_marked_last(legend, make_prediction):
         write_zarr(prediction, url)
     write_zarr(prediction, url, overwrite=True)
     np.testing.assert_array_equal(read_land_cover(url)["confidence"], prediction["confidence"])
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def counted(prediction):
+    """The same prediction, and a list that gets the value of each of its blocks' first pixel when it is computed."""
+    calls = []
+
+    def look(block, block_info=None):
+        calls.append(block_info[0]["chunk-location"])
+        return block
+
+    data = prediction["land_cover"].data.map_blocks(look, dtype="uint8", meta=np.empty((0, 0), "uint8"))
+    return prediction.assign(land_cover=prediction["land_cover"].copy(data=data)), calls
+
+
+def interrupt_after(blocks, error=KeyboardInterrupt):
+    def step(done, total):
+        if done == blocks:
+            raise error
+
+    return step
+
+
+REMOTE = ReadError("S2A_X", "red", "https://afar/red.tif", "timed out")
+HERE = ReadError("S2A_X", "red", "red.tif", "truncated")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("a worker died"), REMOTE], ids=repr)
+def test_an_interrupted_write_goes_on_where_it_stopped(tmp_path, legend, make_prediction, error):
+    whole = write_zarr(make_prediction(legend), tmp_path / "whole.zarr", fingerprint="a")
+    prediction, calls = counted(make_prediction(legend))
+    path = tmp_path / "map.zarr"
+    with dask.config.set(num_workers=1), pytest.raises(BaseException) as caught:
+        write_zarr(prediction, path, fingerprint="a", tile=(128, 128), on_progress=interrupt_after(5, error))
+    assert caught.value is error or caught.type is error
+    assert not path.exists()
+    first, seen = set(calls), []
+    calls.clear()
+    write_zarr(prediction, path, fingerprint="a", tile=(128, 128), on_progress=lambda *step: seen.append(step))
+    assert seen[0] == (5, 12) and seen[-1] == (12, 12)
+    assert len(first) >= 5 and len(calls) < 12, "what was written is computed again"
+    assert len(first | set(calls)) == 12
+    assert stored_files(path) == stored_files(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["map.zarr", "whole.zarr"]
+
+
+def test_dates_that_are_written_are_not_computed_again(tmp_path, legend):
+    values = np.arange(3 * 64 * 64, dtype="uint8").reshape(3, 64, 64) % 5
+    data = da.from_array(values, chunks=(1, 32, 32))
+    coords = xr_coords(grid(64, 64)) | {"time": np.arange(3).astype("datetime64[D]").astype("datetime64[ns]")}
+    prediction, calls = counted(
+        xr.Dataset({"land_cover": (("time", "y", "x"), data)}, coords=coords, attrs={"legend": legend.to_dict()})
+    )
+    with dask.config.set(num_workers=1), pytest.raises(KeyboardInterrupt):
+        write_zarr(prediction, tmp_path / "m.zarr", fingerprint="a", on_progress=interrupt_after(7))
+    calls.clear()
+    write_zarr(prediction, tmp_path / "m.zarr", fingerprint="a")
+    assert 5 <= len(calls) < 12
+    np.testing.assert_array_equal(read_land_cover(tmp_path / "m.zarr").land_cover, values)
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "error"), [(None, KeyboardInterrupt), ("a", HERE), ("a", OutputError("x", "disk full"))], ids=repr
+)
+def test_what_cannot_go_on_is_cleared_away(tmp_path, legend, make_prediction, fingerprint, error):
+    with pytest.raises(BaseException):  # noqa: B017 - whichever of them
+        write_zarr(
+            make_prediction(legend), tmp_path / "m.zarr", fingerprint=fingerprint, on_progress=interrupt_after(5, error)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_of_something_else_are_not_gone_on_with(tmp_path, legend, make_prediction):
+    path = tmp_path / "m.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        write_zarr(make_prediction(legend), path, fingerprint="a", on_progress=interrupt_after(5))
+    prediction, calls = counted(make_prediction(legend))
+    write_zarr(prediction, path, fingerprint="b")
+    assert len(calls) == 12
+    calls.clear()
+    seen = []
+    write_zarr(prediction, path, fingerprint="b", on_progress=lambda *step: seen.append(step))
+    assert calls == [] and seen == [(12, 12)], "what is up to date is left as it is"
+    with pytest.raises(OutputError, match="exists already"):
+        write_zarr(prediction, path, fingerprint="c")
+
+
+def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path):
+    file = tmp_path / "written.txt"
+    ledger = Ledger((2, 20), file, "a")
+    ledger.start()
+    for index in ((0, 3), (1, 1), (1, 17)):
+        ledger.enter(index)
+    file.write_text(file.read_text()[:-2])
+    again = Ledger((2, 20), file, "a")
+    again.start()
+    again.enter((1, 19))
+    assert np.argwhere(Ledger((2, 20), file, "a").done).tolist() == [[0, 3], [1, 1], [1, 19]]
+    assert not Ledger((2, 21), file, "a").done.any()
+    assert not Ledger((2, 20), file, "b").done.any()
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
