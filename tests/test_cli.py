@@ -75,7 +75,7 @@ def test_who_interrupts_is_told_how_to_go_on(
         patch.setattr("s2seg.pipeline.run.write_products", interrupt)
         assert run(options) != 0
     said = " ".join(capsys.readouterr().err.split())
-    assert f"what is done is kept in {tmp_path}/out/.partial: the same command goes on from there" in said
+    assert f"what is done is kept in {tmp_path}/out/.s2seg-partial: the same command goes on from there" in said
     assert run(options) == 0
     assert re.search(r"goes on from (\d+) of \1 blocks", capsys.readouterr().err)
 

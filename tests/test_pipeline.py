@@ -197,7 +197,7 @@ def test_an_interrupted_run_goes_on(synthetic: SyntheticRegion, model: ModelBund
         with pytest.raises(KeyboardInterrupt) as interrupt:
             map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, options, stop)
         assert "the same command goes on" in interrupt.value.__notes__[0]
-    assert [p.name for p in out.iterdir()] == [".partial"]
+    assert [p.name for p in out.iterdir()] == [".s2seg-partial"]
     with pytest.warns(S2SegWarning, match=r"goes on from 3 of \d+ blocks"):
         result = map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, options)
     maps = [rioxarray.open_rasterio(r.land_cover[0]).values for r in (whole, result)]
@@ -308,3 +308,31 @@ def test_the_plan_knows_what_a_runtime_takes(synthetic: SyntheticRegion, model: 
     }
     assert peaks["auto"] == peaks["onnxruntime"]  # what an ONNX bundle runs on
     assert peaks["openvino"] < peaks["onnxruntime"] < peaks["torch"]
+
+
+def test_overwriting_spares_what_others_have_put_there(
+    synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    mine = ("items.json", "item_notes.json", "land_cover_reference.tif", "land_cover_old.qml", ".partial", "notes")
+    out.mkdir()
+    for name in mine:
+        (out / name).write_text("mine")
+    map_area(synthetic.catalog, synthetic.bbox, DATES, model, out)
+    map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, MapOptions(overwrite=True))
+    assert [name for name in mine if (out / name).read_text() != "mine"] == []
+
+
+def test_one_run_at_a_time_writes_to_a_folder(synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", MapOptions(core=64)
+    refused: list[str] = []
+
+    def run_another(stage: str, done: int, total: int) -> None:
+        if stage == "map" and done == 2:
+            with pytest.raises(s2seg.S2SegError) as caught:
+                map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, options)
+            refused.append(str(caught.value))
+
+    map_area(synthetic.catalog, synthetic.bbox, DATES, model, out, options, run_another)
+    assert len(refused) == 1 and "another run is writing there" in refused[0]
+    assert (out / "land_cover.tif").exists()

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from s2seg.errors import InputError, ModelError, OutputError
-from s2seg.models.spec import ModelSpec
+from s2seg.models.spec import WEIGHTS_FILES, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -280,6 +280,11 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
         return
     if not (target / SPEC_FILE).is_file():
         raise OutputError(str(target), f"the folder holds other things (no {SPEC_FILE}): choose another")
+    ours = {SPEC_FILE, *WEIGHTS_FILES.values()}
+    if more := sorted(path.name for path in target.iterdir() if path.name not in ours):
+        raise OutputError(
+            str(target), f"the folder holds more than a model, which is never removed ({more[0]}): choose another"
+        )
     if not overwrite:
         raise OutputError(str(target), "a model is there already: choose another folder, or overwrite it (--overwrite)")
 

@@ -20,7 +20,7 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
+def check_writable(path: str | Path, *, overwrite: bool = False, store: bool = False) -> Path:
     """Refuse early what a long computation would otherwise run into at its end.
 
     Parameters
@@ -28,7 +28,9 @@ def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
     path
         A local file or folder that is about to be written. Missing parents are fine: a writer makes them.
     overwrite
-        Whether something may already stand there.
+        Whether something may already stand there: a file, or an earlier Zarr store for one, never another folder.
+    store
+        Whether it is to be a Zarr store.
 
     Returns
     -------
@@ -43,12 +45,18 @@ def check_writable(path: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(path)
     if not overwrite and (path.exists() or path.is_symlink()):
         raise OutputError(str(path), "it exists already; pass --overwrite (overwrite=True) or choose another path")
+    if path.is_dir() and not (store and _is_store(path)):
+        raise OutputError(str(path), "a folder of other things is there, which is never replaced; choose another path")
     parent = existing_parent(path)
     if not parent.is_dir():
         raise OutputError(str(path), f"{parent} is a file, not a folder; choose another path")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(str(path), f"no permission to write in {parent}; choose another path")
     return path
+
+
+def _is_store(folder: Path) -> bool:
+    return (folder / "zarr.json").is_file() or not any(folder.iterdir())
 
 
 def existing_parent(path: Path) -> Path:
@@ -124,6 +132,8 @@ def _swap(partial: Path, path: Path) -> None:
     if partial.is_file() and not path.is_dir():
         partial.replace(path)
         return
+    if path.is_dir() and not path.is_symlink() and not (partial.is_dir() and _is_store(path)):
+        raise IsADirectoryError(errno.EISDIR, "a folder of other things is there, which is never replaced")
     old = path.with_name(f".{path.name}.old")  # a folder cannot be replaced in one step
     remove(old)
     if path.exists():

@@ -95,7 +95,7 @@ def write_zarr(
     attrs
         More attributes for the group, JSON values.
     overwrite
-        Replace what stands at ``path``.
+        Replace the store that stands at ``path``: on a disk when the new one is complete, elsewhere before it is begun.
     fingerprint
         What the prediction is made of, in one word, for a local path. A write that was interrupted is then kept as
         ``.NAME.partial``, and the next one of the same fingerprint goes on from the blocks that are there; a finished
@@ -128,7 +128,7 @@ def write_zarr(
         if on_progress is not None:
             on_progress(prod(shape), prod(shape))
         return path
-    check_writable(path, overwrite=overwrite)
+    check_writable(path, overwrite=overwrite, store=True)
     ledger = Ledger(shape, partial_of(path) / _LEDGER, fingerprint) if fingerprint else Ledger(shape)
     _check_space(prediction, path)
     with replacing(path, begun=lambda: bool(fingerprint and ledger.done.any())) as partial:
@@ -266,6 +266,8 @@ def _check_url(url: str, *, overwrite: bool) -> None:
         if fs.exists(where):
             if not overwrite:
                 raise OutputError(url, "it exists already; pass --overwrite (overwrite=True) or choose another path")
+            if not fs.exists(f"{where.rstrip('/')}/zarr.json"):
+                raise OutputError(url, "other things are there, which are never replaced; choose another path")
             fs.rm(where, recursive=True)
 
 

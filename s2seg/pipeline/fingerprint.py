@@ -1,4 +1,4 @@
-"""What a map is made of, in one word: whether an earlier one is up to date, or an interrupted one can go on."""
+"""What a map is made of, in one word: tells whether it is up to date, and whether an interrupted run can go on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from shapely import to_wkt
 
@@ -50,14 +48,3 @@ def fingerprint(plan: Plan, offsets: Mapping[str, Offset]) -> str:
         "options": {name: value for name, value in options.items() if name not in _OTHERWISE},
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-
-def finished(folder: Path) -> dict[str, Any]:
-    """Read the record of a run whose outputs are all there; empty if there is none."""
-    path = folder / "run.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        names = [made[kind] for made in record["maps"] for kind in ("land_cover", "item")]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
-        return {}
-    return record if all((folder / name).exists() for name in (*names, "land_cover.zarr", "quicklook.png")) else {}

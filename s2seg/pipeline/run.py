@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +16,16 @@ from dask.delayed import delayed
 from shapely.geometry.base import BaseGeometry
 
 from s2seg.client import current_client
-from s2seg.errors import OutputError, S2SegError, S2SegWarning
+from s2seg.errors import S2SegError, S2SegWarning
 from s2seg.inference import gpu_annotations
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle, load_model
 from s2seg.models.runtimes import SessionRef, choose_session
-from s2seg.outputs._files import check_writable, may_go_on, partial_of, remove, writing
+from s2seg.outputs._files import writing
 from s2seg.outputs.zarr import write_zarr
 from s2seg.pipeline.build import build_prediction, build_scene
-from s2seg.pipeline.fingerprint import fingerprint, finished
+from s2seg.pipeline.fingerprint import fingerprint
+from s2seg.pipeline.folder import QUICKLOOK, RUN, ZARR, check_up_to_date, finished_run, publish, staging
 from s2seg.pipeline.plan import MapOptions, Plan, plan_area
 from s2seg.pipeline.products import Product, describe_run, write_products
 from s2seg.sources.catalogs import Catalog, resolve_catalog
@@ -33,18 +33,6 @@ from s2seg.sources.radiometry import decide_offsets
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total."""
-
-_ZARR = "land_cover.zarr"
-_OUTPUTS = (
-    "run.json",
-    _ZARR,
-    "land_cover*.tif",
-    "land_cover*.tif.aux.xml",
-    "land_cover*.qml",
-    "item*.json",
-    "quicklook.png",
-)
-"""What a run writes; a date stands where the star is in ``per-date`` mode."""
 
 
 class NothingMappedError(S2SegError):
@@ -111,7 +99,7 @@ def map_area(
     options = options or MapOptions()
     folder = Path(output)
     report = on_progress or _silent
-    earlier = _earlier_run(folder, options)
+    earlier = finished_run(folder, overwrite=options.overwrite)
     clock = _Clock()
     with _noted_warnings() as notes:
         with clock("search"):
@@ -122,15 +110,15 @@ def map_area(
             offsets = decide_offsets(plan.items, check=options.check_offsets)
             made_of = fingerprint(plan, offsets)
             if earlier:
-                _check_up_to_date(folder, earlier, made_of)
+                check_up_to_date(folder, earlier, made_of)
                 return _result(folder, earlier, up_to_date=True)
             session, why = _open_session(plan)
         scene = build_scene(plan, offsets)
         prediction = build_prediction(plan, scene)
-        with _staging(folder) as staged, dask.config.set(num_workers=plan.threads):
+        with staging(folder) as staged, dask.config.set(num_workers=plan.threads):
             with clock("map"):
                 write_zarr(
-                    prediction, staged / _ZARR, tile=plan.tile, overwrite=True, fingerprint=made_of,
+                    prediction, staged / ZARR, tile=plan.tile, overwrite=True, fingerprint=made_of,
                     on_progress=_noting_the_start(lambda done, total: report("map", done, total)),
                 )  # fmt: skip
             with clock("outputs"):
@@ -147,18 +135,18 @@ def map_area(
                 clock.seconds,
             )
             with writing(folder):
-                (staged / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-                _publish(staged, folder)
+                (staged / RUN).write_text(json.dumps(record, indent=2) + "\n")
+                publish(staged, folder)
     return _result(folder, record)
 
 
 def _result(folder: Path, record: Mapping[str, Any], *, up_to_date: bool = False) -> MapResult:
     return MapResult(
-        zarr=folder / _ZARR,
+        zarr=folder / ZARR,
         land_cover=tuple(folder / made["land_cover"] for made in record["maps"]),
         items=tuple(folder / made["item"] for made in record["maps"]),
-        quicklook=folder / "quicklook.png",
-        run=folder / "run.json",
+        quicklook=folder / QUICKLOOK,
+        run=folder / RUN,
         record=record,
         up_to_date=up_to_date,
     )
@@ -225,66 +213,6 @@ def _noting_the_start(report: Callable[[int, int], None]) -> Callable[[int, int]
         report(done, total)
 
     return step
-
-
-def _earlier_run(folder: Path, options: MapOptions) -> dict[str, Any]:
-    """Check the output before anything is read; returns the record of a finished run that may be up to date."""
-    check_writable(folder / "run.json", overwrite=True)
-    found = [path for pattern in _OUTPUTS for path in folder.glob(pattern)]
-    if options.overwrite or not found:
-        return {}
-    record = finished(folder)
-    if not record:
-        raise OutputError(str(found[0]), "it exists already; pass --overwrite to replace it")
-    return record
-
-
-def _check_up_to_date(folder: Path, record: Mapping[str, Any], made_of: str) -> None:
-    """Raise an OutputError if a finished run made another map."""
-    if record.get("fingerprint") != made_of:
-        raise OutputError(
-            str(folder / "run.json"),
-            "it exists already, of other scenes, another model or other settings; pass --overwrite to replace it",
-        )
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A folder inside the output that is removed again, with the output folder if that is new and still empty.
-
-    The blocks of an interrupted run stay in it.
-    """
-    created = [p for p in (folder, *folder.parents) if not p.exists()]
-    staged = folder / ".partial"
-    begun = staged / _ZARR, partial_of(staged / _ZARR)
-    with writing(folder):
-        staged.mkdir(parents=True, exist_ok=True)
-        for left in staged.iterdir():
-            if left not in begun:
-                remove(left)
-    kept = False
-    try:
-        yield staged
-    except BaseException as error:
-        kept = may_go_on(error) and any(path.exists() for path in begun)
-        if kept:
-            error.add_note(f"what is done is kept in {staged}: the same command goes on from there")
-        raise
-    finally:
-        if not kept:
-            shutil.rmtree(staged, ignore_errors=True)
-            for made in created:
-                if made.exists() and not any(made.iterdir()):
-                    made.rmdir()
-
-
-def _publish(staged: Path, folder: Path) -> None:
-    """Move finished outputs to their names; run.json goes last, so that it vouches for the rest."""
-    for pattern in _OUTPUTS:
-        for earlier in folder.glob(pattern):
-            remove(earlier)
-    for path in sorted(staged.iterdir(), key=lambda p: p.name == "run.json"):
-        path.replace(folder / path.name)
 
 
 def _refuse_empty(products: Sequence[Product], legend: Legend) -> None:

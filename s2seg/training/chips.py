@@ -251,7 +251,7 @@ def write_chips(
     OutputError
         If the path exists, or cannot be written; nothing is left behind.
     """
-    path = check_writable(path, overwrite=overwrite)
+    path = check_writable(path, overwrite=overwrite, store=True)
     for region in regions:
         if region.scene.sizes["band"] != len(bands):
             raise InputError(f"{region.name} has {region.scene.sizes['band']} bands, not {len(bands)}")

@@ -105,6 +105,13 @@ def test_overwriting_never_removes_anything_else(tmp_path, spec, weights):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "photos"]
 
 
+def test_overwriting_never_removes_a_training_beside_the_model(folder, spec, weights):
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(OutputError, match=r"holds more than a model, which is never removed \(checkpoints\)"):
+        save_bundle(folder, spec, weights, overwrite=True)
+    assert (folder / "checkpoints").exists()
+
+
 def test_a_failed_save_leaves_nothing(tmp_path, spec, folder):
     before = load_model(folder).sha256
     unwritable = {"a": np.zeros(3, np.complex256)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dask
 import dask.array as da
+import fsspec
 import numpy as np
 import pytest
 import rioxarray  # noqa: F401  registers .rio
@@ -17,6 +18,8 @@ from odc.geo.xr import xr_coords
 from s2seg.errors import InputError, OutputError, ReadError
 from s2seg.legend import Legend
 from s2seg.outputs._blocks import Ledger
+from s2seg.outputs._files import replacing
+from s2seg.outputs.cog import write_cog
 from s2seg.outputs.zarr import open_stored, pieces, read_land_cover, write_zarr
 from tests.outputs.conftest import grid
 
@@ -399,6 +402,25 @@ def test_a_folder_that_may_not_be_made_is_named(legend, make_prediction):
         pytest.skip("needs Linux's /proc, where not even root can make a folder")
     with pytest.raises(OutputError, match=r"cannot write /proc/s2seg/map\.zarr"):
         write_zarr(make_prediction(legend), "/proc/s2seg/map.zarr")
+
+
+def test_other_folders_are_never_replaced(tmp_path, legend, make_prediction):
+    photos = tmp_path / "home" / "photos"
+    photos.mkdir(parents=True)
+    with pytest.raises(OutputError, match="home: a folder of other things is there, which is never replaced"):
+        write_zarr(make_prediction(legend), tmp_path / "home", overwrite=True)
+    store = write_zarr(make_prediction(legend), tmp_path / "map.zarr")
+    with pytest.raises(OutputError, match=r"map\.zarr: a folder of other things"):
+        write_cog(store, store, legend=legend, overwrite=True)
+    assert photos.exists() and (store / "zarr.json").exists()
+    with pytest.raises(OutputError, match="never replaced"), replacing(tmp_path / "home") as partial:
+        partial.write_text("late")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "map.zarr"]
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/s2seg-others/a/photo.png", b"")
+    with pytest.raises(OutputError, match="other things are there"):
+        write_zarr(make_prediction(legend), "memory://s2seg-others/a", overwrite=True)
+    assert fs.exists("/s2seg-others/a/photo.png")
 
 
 def test_irregular_blocks_are_refused(tmp_path, legend, make_prediction):
