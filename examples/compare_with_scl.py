@@ -27,7 +27,9 @@ def compare(
     """One row per date: share of clouds in both, agreement, precision and recall of the map against SCL."""
     record = json.loads((output / "run.json").read_text())
     west, south, east, north = _bounds(record["aoi"])
-    items = s2seg.search(record["catalog"], (west, south, east, north), record["datetime"])
+    mapped_items = {item["id"] for item in record["items"]}
+    found = s2seg.search(record["catalog"], (west, south, east, north), record["datetime"])
+    items = [item for item in found if item.id in mapped_items]  # the map may have left out cloudy ones
     maps = read_land_cover(output / "land_cover.zarr")
     legend = s2seg.Legend.from_dict(maps.attrs["legend"])
     code = legend.codes[legend.names.index(cloud)]
@@ -35,8 +37,8 @@ def compare(
     scl = s2seg.stack(items, maps.odc.geobox, ["scl"]).assign_coords(band=["class"])
     truth = per_date(scl).isel(band=0)
     rows: list[dict[str, float | str]] = []
-    for t, when in enumerate(maps.time.values):
-        mapped, known = maps.land_cover[t].values, truth[t].values
+    for when in maps.time.values:
+        mapped, known = maps.land_cover.sel(time=when).values, truth.sel(time=when).values
         valid = (mapped != legend.nodata) & (known != 0)
         a, b = mapped[valid] == code, np.isin(known[valid], scl_codes)
         both = int((a & b).sum())
@@ -66,7 +68,10 @@ def main() -> None:
     parser.add_argument("--cloud", default="cloud", help="name of the map's cloud class")
     parser.add_argument("--scl", default="8,9,10", help="SCL codes that count as cloud")
     options = parser.parse_args()
-    rows = compare(options.output, options.cloud, tuple(int(c) for c in options.scl.split(",")))
+    try:
+        rows = compare(options.output, options.cloud, tuple(int(c) for c in options.scl.split(",")))
+    except s2seg.S2SegError as error:
+        parser.error(str(error))
     table = Table("date", "cloud in SCL %", "cloud in map %", "agreement %", "precision %", "recall %")
     for row in rows:
         table.add_row(str(row.pop("date")), *(f"{100 * float(v):.1f}" for v in row.values()))

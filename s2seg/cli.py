@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
 import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -14,14 +16,13 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from s2seg.allocator import WORKER_ENVIRONMENT, keep_freed_memory
 from s2seg.errors import InputError, S2SegError, S2SegWarning
 
 app = typer.Typer(
     name="s2seg",
-    help="Land-cover maps from Sentinel-2: search a STAC catalog, stack the bands, classify, write Zarr and COG.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -30,7 +31,23 @@ app = typer.Typer(
 models = typer.Typer(help="Look at model bundles, or make one from a foreign network.", no_args_is_help=True)
 app.add_typer(models, name="models")
 
-out, err = Console(), Console(stderr=True)
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"s2seg {importlib.metadata.version('s2seg')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
+    """Land-cover maps from Sentinel-2: search a STAC catalog, stack the bands, classify, write Zarr and COG."""
+
+
+out, err = Console(markup=False, emoji=False), Console(stderr=True)
 
 Catalog = Annotated[
     str,
@@ -48,6 +65,13 @@ Datetime = Annotated[
 ]
 Collection = Annotated[str | None, typer.Option(help="STAC collection, such as sentinel-2-c1-l2a or sentinel-2-l1c.")]
 MaxCloud = Annotated[float | None, typer.Option(min=0, max=100, help="Leave out scenes cloudier than this (percent).")]
+
+
+def _local(path: str) -> Path:
+    """Where to write; a URL would quietly become a folder of that name."""
+    if "://" in str(path):
+        raise InputError(f"{path}: results are written to a local path; copy them from there")
+    return Path(path)
 
 
 @app.command("search")
@@ -86,7 +110,7 @@ def map_command(
     aoi: Aoi,
     datetime: Datetime,
     model: Annotated[str, typer.Option(help="A model bundle: a folder or an fsspec URL (s3://, https://).")],
-    output: Annotated[Path, typer.Option(help="Folder for the results.")],
+    output: Annotated[Path, typer.Option(parser=_local, help="Folder for the results.")],
     catalog: Catalog = "earth-search",
     collection: Collection = None,
     max_cloud_cover: MaxCloud = None,
@@ -141,7 +165,9 @@ def map_command(
     from s2seg.pipeline import MapOptions, map_area, plan_area
     from s2seg.sources.composite import DEFAULT_MASK, CompositeSpec
 
-    masked = DEFAULT_MASK if mask is None else tuple(_names(mask))
+    if composite == "per-date" and (mask is not None or dilate):
+        raise InputError("--mask and --dilate are for composites: per-date maps every pixel of each pass")
+    masked = DEFAULT_MASK if mask is None else tuple(_names("mask", mask))
     options = MapOptions(
         resolution=resolution,
         crs=crs,
@@ -150,7 +176,7 @@ def map_command(
         composite="per-date"
         if composite == "per-date"
         else CompositeSpec(cast(Any, composite), masked, dilate, percentile),
-        layers=cast(Any, tuple(_names(layers))),
+        layers=cast(Any, tuple(_names("layers", layers))),
         resampling=cast(Any, resampling),
         check_offsets=check_offsets,
         runtime=runtime,
@@ -160,7 +186,7 @@ def map_command(
         overwrite=overwrite,
     )
     if dry_run:
-        out.print(_plan_table(plan_area(catalog, aoi, datetime, model, options)))
+        out.print(_facts_table(plan_area(catalog, aoi, datetime, model, options).describe()))
         return
     with _cluster(scheduler, workers), _telling_notes(), _progress() as report:
         result = map_area(catalog, aoi, datetime, model, output, options, on_progress=report)
@@ -177,7 +203,7 @@ def map_command(
 @app.command("train")
 def train_command(
     config: Annotated[Path | None, typer.Argument(help="A YAML file; --template prints one.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the model and all about it.")] = Path("model"),
+    output: Annotated[Path, typer.Option(parser=_local, help="Folder for the model and all about it.")] = Path("model"),
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A value in place of the file's: fit.epochs=3. Repeatable.")
     ] = None,
@@ -233,7 +259,7 @@ def train_command(
 @app.command("tune")
 def tune_command(
     config: Annotated[Path, typer.Argument(help="A training configuration: what all trials share.")],
-    output: Annotated[Path, typer.Option(help="Folder of the study; an interrupted one goes on.")],
+    output: Annotated[Path, typer.Option(parser=_local, help="Folder of the study; an interrupted one goes on.")],
     trials: Annotated[int, typer.Option(min=1, help="How many trainings, those already done included.")] = 20,
     minutes: Annotated[float | None, typer.Option(min=0, help="Start no trial after this time.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="As for s2seg train. Repeatable.")] = None,
@@ -308,7 +334,7 @@ def evaluate_command(
 def export_command(
     model: Annotated[str, typer.Option(help="A model bundle: a folder or an fsspec URL.")],
     kind: Annotated[str, typer.Option(help="onnx, torchscript or openvino.")],
-    output: Annotated[Path, typer.Option(help="Where to write.")],
+    output: Annotated[Path, typer.Option(parser=_local, help="Where to write.")],
     chips: Annotated[Path | None, typer.Option(help="Chip store to compare on [default: the model's own].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
@@ -343,10 +369,7 @@ def models_show(
     from s2seg.models.bundle import describe, load_model
 
     bundle = load_model(path)
-    table = Table(show_header=False)
-    for name, value in describe(bundle):
-        table.add_row(name, value)
-    out.print(table)
+    out.print(_facts_table(describe(bundle)))
     if check:
         out.print(_checks_table(bundle, None if chips is None else _some_chips(chips)))
 
@@ -354,7 +377,7 @@ def models_show(
 @models.command("import")
 def models_import(
     source: Annotated[str, typer.Argument(help="An .onnx file, or csmask for the networks that ukis-csmask ships.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    output: Annotated[Path, typer.Option(parser=_local, help="Folder of the new bundle.")],
     bands: Annotated[str | None, typer.Option(help="Bands in channel order: blue,green,red,nir.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean reflectance of each band.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation of each band.")] = None,
@@ -383,7 +406,7 @@ def models_import(
             source,
             output,
             name=name or Path(source).stem,
-            bands=_names(bands),
+            bands=_names("bands", bands),
             mean=_numbers("mean", mean),
             std=_numbers("std", std),
             legend=Legend.load(legend),
@@ -439,8 +462,11 @@ def _rows_table(rows: list[tuple[str, ...]], title: str) -> Table:
     return table
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _names(option: str, text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")] if text.strip() else []
+    if "" in names or len(set(names)) < len(names):
+        raise InputError(f"--{option} must be different names separated by commas, not {text!r}")
+    return names
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -459,9 +485,9 @@ def _class_table(made: dict[str, Any]) -> Table:
     return table
 
 
-def _plan_table(plan: Any) -> Table:
-    table = Table(show_header=False)
-    for name, value in plan.describe():
+def _facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    table = Table("what", Column("how much", overflow="fold"), show_header=False)
+    for name, value in facts:
         table.add_row(name, value)
     return table
 
@@ -528,14 +554,24 @@ def _telling_notes() -> Iterator[None]:
 
 def _print_notes(error: BaseException) -> None:
     for note in getattr(error, "__notes__", ()):
-        err.print("[yellow]note[/]", end=" ")
-        err.print(note, soft_wrap=True, highlight=False, markup=False)
+        _tell("[yellow]note[/]", note)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    if issubclass(category, S2SegWarning):
-        err.print("[yellow]note[/]", end=" ")
-        err.print(str(message), soft_wrap=True, highlight=False, markup=False)
+def _show_warnings() -> Callable[..., None]:
+    """What warnings are to call: it tells each of ours once."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if issubclass(category, S2SegWarning) and str(message) not in told:
+            told.add(str(message))
+            _tell("[yellow]note[/]", str(message))
+
+    return show
+
+
+def _tell(what: str, text: str) -> None:
+    err.print(what, end=" ")
+    err.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -556,13 +592,17 @@ def main(arguments: list[str] | None = None) -> int:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", S2SegWarning)
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warnings()
         try:
             app(arguments)
         except S2SegError as error:
-            err.print("[red]error[/]", end=" ")
-            err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+            _tell("[red]error[/]", str(error))
             _print_notes(error)
+            return 2
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            _tell("[red]error[/]", f"a path is too long for this system: {str(error.filename)[:60]}...")
             return 2
         except SystemExit as stop:  # how the parser ends: 0 after a command, 2 for a wrong option
             return int(stop.code or 0)

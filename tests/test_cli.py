@@ -49,6 +49,17 @@ def test_map_prints_what_it_made(
         assert name in printed
 
 
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"s2seg \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_names_of_classes_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"code": 1, "name": "crops [irrigated] [red]x[/blue] :cow:", "km2": 1.0, "pixels": 1}
+    cli.out.print(cli._class_table({"land_cover": "a.tif", "classes": [row]}))
+    assert row["name"] in capsys.readouterr().out
+
+
 def test_the_same_command_again_does_nothing(
     synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +172,11 @@ BAD = {
     "unparsable dates": ({"--datetime": "last summer"}, "2023-08"),
     "unknown composite": ({"--composite": "best"}, "median"),
     "unknown SCL class": ({"--mask": "clouds"}, "cloud_high_probability"),
+    "masks apart": ({"--composite": "per-date", "--dilate": "60"}, "per-date maps every pixel"),
+    "empty mask": ({"--mask": ","}, "different names"),
+    "layers twice": ({"--layers": "class,class"}, "different names"),
+    "a URL to write to": ({"--output": "s3://bucket/map"}, "local path"),
+    "too long a path": ({"--output": "x" * 300}, "too long"),
     "unknown layer": ({"--layers": "logits"}, "confidence"),
     "an area too large": ({"--aoi": "-180,-80,180,80"}, "too large for one"),
     "no resolution": ({"--resolution": "0"}, "resolution"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -13,23 +14,29 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyproj
 import pystac
 import xarray as xr
 from affine import Affine
 from odc.geo.geobox import GeoBox
 from shapely.geometry import mapping
 
+from s2seg.errors import S2SegWarning
 from s2seg.outputs.cog import write_cog
 from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_quicklook_series
 from s2seg.outputs.stac import write_item
 from s2seg.outputs.zarr import open_stored, pieces
 from s2seg.pipeline.plan import Plan
 from s2seg.sources.composite import composite, per_date
+from s2seg.sources.items import sensing_time
 from s2seg.sources.radiometry import Offset
 from s2seg.sources.stack import stack
 
 _PICTURE_PIXELS = 1000
 """The quicklook's maps have at most this many pixels on a side."""
+
+_EQUAL_AREA = 1.01
+"""How much the areal scale of a projection may vary within a map that is told in square kilometres."""
 
 _VERSIONS = ("s2seg", "dask", "numpy", "odc-geo", "pystac-client", "rasterio", "stackstac", "xarray", "zarr")
 
@@ -76,7 +83,7 @@ def _write_map(
     cog, item = f"land_cover{suffix}.tif", f"item{suffix}.json"
     layer = maps.isel(time=index) if plan.options.dates_apart else maps
     write_cog(layer, staged / cog, legend=plan.model.spec.legend, tags=_tags(plan))
-    times = [i.datetime for i in items if i.datetime]
+    times = [sensing_time(i) for i in items]
     write_item(
         staged / item,
         geobox=plan.geobox,
@@ -106,7 +113,7 @@ def _write_picture(
     """Draw the quicklook; returns the pixels of each code in each map, (date, 256), which the same reading counts."""
     scene = _picture(plan, offsets)
     counts, small = _survey(maps)
-    days = dict.fromkeys(f"{item.datetime:%Y-%m-%d}" for item in (dates[0][1][0], dates[-1][1][-1]))
+    days = dict.fromkeys(f"{sensing_time(item):%Y-%m-%d}" for item in (dates[0][1][0], dates[-1][1][-1]))
     title = " to ".join(days)
     subtitle = f"{plan.model.spec.name} {plan.model.sha256[:8]} - {plan.geobox.crs} - {plan.options.resolution:g} m"
     legend = plan.model.spec.legend
@@ -177,6 +184,28 @@ def _tags(plan: Plan) -> dict[str, str]:
     return {"S2SEG_MODEL": plan.model.spec.name, "S2SEG_MODEL_SHA256": plan.model.sha256}
 
 
+def _square_kilometres(geobox: GeoBox) -> float:
+    """Area of a pixel on the ellipsoid, by the projection's areal scale in the middle of the grid.
+
+    A UTM zone keeps areas within 0.2 %; Web Mercator doubles them at 45 degrees. Where the scale changes by more than a
+    hundredth over the grid, this warns.
+    """
+    crs = pyproj.CRS(str(geobox.crs))
+    height, width = geobox.shape
+    spots = [geobox.affine * (width * x, height * y) for x in (0, 0.5, 1) for y in (0, 0.5, 1)]
+    to_degrees = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)
+    scales = [pyproj.Proj(crs).get_factors(*to_degrees.transform(*spot)).areal_scale for spot in spots]
+    if max(scales) / min(scales) > _EQUAL_AREA:
+        warnings.warn(
+            S2SegWarning(
+                f"{geobox.crs} stretches areas {min(scales):.2f} to {max(scales):.2f} times within this map: "
+                "the km2 of each class are approximate"
+            ),
+            stacklevel=2,
+        )
+    return float(abs(geobox.affine.determinant) / scales[len(scales) // 2] / 1e6)
+
+
 def describe_run(
     plan: Plan,
     catalog: str,
@@ -189,7 +218,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything needed to understand and repeat the run."""
     legend = plan.model.spec.legend
-    area = plan.options.resolution**2 / 1e6
+    area = _square_kilometres(plan.geobox)
     options = asdict(plan.options)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -212,7 +241,7 @@ def describe_run(
         "items": [
             {
                 "id": item.id,
-                "datetime": item.datetime.isoformat() if item.datetime else None,
+                "datetime": sensing_time(item).isoformat(),
                 "assets": {band: item.assets[band].href for band in plan.bands if band in item.assets},
                 "offset": asdict(offsets[item.id]),
             }

@@ -126,12 +126,12 @@ def map_area(
             _refuse_empty(products, plan.model.spec.legend)
             record = {"fingerprint": made_of} | describe_run(
                 plan,
-                str(resolve_catalog(catalog).url),
+                _lasting(str(resolve_catalog(catalog).url)),
                 datetime,
                 offsets,
                 products,
                 {"session": session, "chosen": why},
-                notes,
+                list(dict.fromkeys(notes)),
                 clock.seconds,
             )
             with writing(folder):
@@ -166,6 +166,11 @@ def _open_session(plan: Plan) -> tuple[str, str]:
 def _name_session(ref: SessionRef) -> tuple[str, str]:
     session, why = choose_session(load_model(ref.path), ref.runtime, ref.device, ref.precision)
     return session.name, why
+
+
+def _lasting(url: str) -> str:
+    """A local path that means the same in another folder."""
+    return url if "://" in url else str(Path(url).absolute())
 
 
 class _Clock:
