@@ -212,10 +212,10 @@ def _looks_pickled(head: bytes) -> bool:
 def _parse(path: str, content: bytes) -> tuple[ModelSpec, str]:
     try:
         return ModelSpec.from_item(json.loads(content))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(path, f"{SPEC_FILE} is not JSON: {error}") from error
     except InputError as error:
         raise ModelError(path, f"{SPEC_FILE}: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of 5000 digits
+        raise ModelError(path, f"{SPEC_FILE} is not JSON: {error}") from error
 
 
 def _check_weights(path: str, file: Path, recorded: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ WEIGHTS_FILES = {True: "model.onnx", False: "weights.safetensors"}
 
 _BAND = re.compile(r"[a-z][a-z0-9_]*(@\w+)?")
 _MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
+_LARGEST = 16384  # pixels on a side that a network sees, in any sense
 _ACTIVATIONS = ("logits", "probabilities")
 
 
@@ -126,6 +128,9 @@ class ModelSpec:
             raise InputError(f"stride: {self.stride} is not positive")
         if self.depth < 0 or self.depth % self.stride:
             raise InputError(f"depth: {self.depth} is not a multiple of the stride {self.stride}")
+        for name in ("stride", "depth", "window"):
+            if (getattr(self, name) or 0) > _LARGEST:
+                raise InputError(f"{name}: {getattr(self, name)} is more than {_LARGEST} pixels, which no memory holds")
         if self.window is not None and (self.window % self.stride or self.window <= 2 * self.depth):
             raise InputError(
                 f"window: {self.window} is not a multiple of the stride {self.stride} "
@@ -279,6 +284,11 @@ def _check_version(version: Any) -> None:
         raise InputError(f"written by a newer s2seg (layout {version}, known up to {VERSION}): update s2seg")
 
 
+def _shortened(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a whole number of more than 30 digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: {value!r} is not a text")
@@ -286,9 +296,11 @@ def _text(where: str, value: Any) -> str:
 
 
 def _number(where: str, value: Any) -> float:
-    if isinstance(value, bool | str) or not isinstance(value, float | int | np.number) or not math.isfinite(value):
-        raise InputError(f"{where}: {value!r} is not a finite number")
-    return float(value)
+    if not isinstance(value, bool | str) and isinstance(value, float | int | np.number):
+        with contextlib.suppress(OverflowError):  # of whole numbers beyond floats
+            if math.isfinite(number := float(value)):
+                return number
+    raise InputError(f"{where}: {_shortened(value)} is not a finite number")
 
 
 def _integer(where: str, value: Any) -> int:
@@ -334,6 +346,10 @@ def _mapping(where: str, value: Any) -> dict[str, Any]:
     return dict(_plain(where, value))
 
 
+def _texts(where: str, value: Any) -> dict[str, str]:
+    return {name: _text(f"{where}.{name}", text) for name, text in _mapping(where, value).items()}
+
+
 def _plain(where: str, value: Any) -> Any:
     """Return ``value`` as JSON can hold it; a score that is not a number (an absent class) becomes null."""
     if isinstance(value, np.generic | np.ndarray):
@@ -362,7 +378,7 @@ _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "depth": _integer,
     "window": _optional_integer,
     "global_context": _boolean,
-    "seasons": _mapping,
+    "seasons": _texts,
     "provenance": _mapping,
     "metrics": _mapping,
 }

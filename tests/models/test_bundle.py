@@ -146,6 +146,8 @@ def test_not_a_bundle(tmp_path):
     ("content", "message"),
     [
         ("{", "model.json is not JSON"),
+        ("[" * 100_000, "model.json is not JSON"),
+        ("9" * 5000, "model.json is not JSON"),
         ("[]", "model.json: not a STAC item"),
         (b"\xff\xfe\x00", "model.json is not JSON"),
         ('{"type": "Feature", "properties": {}}', "properties.s2seg:version is missing"),

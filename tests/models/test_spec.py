@@ -46,6 +46,12 @@ def test_scores_of_absent_classes_become_null(other_spec):
         ({"mean": (0.1, 0.2)}, "mean: 2 values for 4 bands"),
         ({"mean": (0.1, 0.2, "x", 0.1)}, r"mean\[2\]: 'x' is not a finite number"),
         ({"mean": (0.1, math.inf, 0.1, 0.1)}, r"mean\[1\]: inf is not a finite number"),
+        (
+            {"mean": (0.1, 10**400, 0.1, 0.1)},
+            r"mean\[1\]: a whole number of more than 30 digits is not a finite number",
+        ),
+        ({"seasons": {"spring": 5}}, "seasons.spring: 5 is not a text"),
+        ({"depth": 32_000_000}, "depth: 32000000 is more than 16384 pixels"),
         ({"std": (1, 1, 0, 1)}, r"std\[2\]: 0 is not positive"),
         ({"std": (1, 1, 1, True)}, r"std\[3\]: True is not a finite number"),
         ({"scale": -1}, "scale: -1 is not positive"),
