@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--cloud", default="cloud", help="name of the map's cloud class")
     parser.add_argument("--scl", default="8,9,10", help="SCL codes that count as cloud")
     options = parser.parse_args()
+    if not (options.output / "run.json").exists():
+        parser.error(f"{options.output} holds no run.json: s2seg map --composite per-date --output {options.output}")
     try:
         rows = compare(options.output, options.cloud, tuple(int(c) for c in options.scl.split(",")))
     except s2seg.S2SegError as error:
