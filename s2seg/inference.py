@@ -38,7 +38,10 @@ _LARGEST_CORE = 2048
 
 _BLENDED_CORE = 1024
 
-_BYTES_PER_PIXEL = {"openvino cpu float32": 186, "openvino cpu bfloat16": 160, "torch cpu float32": 400}
+_BYTES_PER_PIXEL = {
+    "openvino cpu float32": 186, "openvino cpu bfloat16": 160, "torch cpu float32": 400, "torch cpu bfloat16": 250,
+    "torch-compiled cpu float32": 400, "torch-compiled cpu bfloat16": 250,
+}  # fmt: skip
 _OTHER_BYTES_PER_PIXEL = 800
 """Of a window, by session; measured for a U-Net with mobilenet_v2."""
 

@@ -236,10 +236,9 @@ def _network(bundle: ModelBundle, tuned: bool, margin: int) -> torch.nn.Module:
     """
     import torch
 
-    from s2seg.models.runtimes.pytorch import _load_weights
+    from s2seg.models.runtimes.pytorch import load_network
     from s2seg.models.runtimes.trimming import trim_decoder
-    from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling
-    from s2seg.models.unet import build_network
+    from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling, trial_side
 
     class Scale(torch.nn.Module):
         """Not a convolution: in bfloat16 that costs one pixel in a hundred its class, so coarse are its sums."""
@@ -255,10 +254,10 @@ def _network(bundle: ModelBundle, tuned: bool, margin: int) -> torch.nn.Module:
         def forward(self, numbers: torch.Tensor) -> torch.Tensor:
             return numbers * self.a + self.b
 
-    network = _load_weights(build_network(bundle.spec), bundle).eval()
+    network = load_network(bundle)
     if tuned:
-        bands = len(bundle.spec.bands)
-        network = trim_decoder(merge_upsampling(fold_batch_norm(network, bands), bands), bands, margin)
+        bands, side = len(bundle.spec.bands), trial_side(bundle.spec)
+        network = trim_decoder(merge_upsampling(fold_batch_norm(network, bands, side), bands, side), bands, margin)
     return torch.nn.Sequential(Scale(), network).eval()
 
 

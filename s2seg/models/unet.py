@@ -79,17 +79,22 @@ def _drop_unused(encoder: Any, bands: int) -> None:
     """Empty the stages that nothing passes through: most of a ResNet's weights lie behind its third one.
 
     What is used is seen on a small image. Only whole stages go, and members of a list of stages: inside of a layer,
-    weights can be used without a call.
+    weights can be used without a call. An encoder that takes no image so small keeps everything, whatever the window
+    of its model: the names of its weights must not depend on that.
     """
     import torch
 
     called: set[torch.nn.Module] = set()
     hooks = [module.register_forward_hook(lambda used, *_: called.add(used)) for module in encoder.modules()]
-    with torch.no_grad():
-        encoder.eval()(torch.zeros(1, bands, 64, 64))
-    encoder.train()
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.zeros(1, bands, 64, 64))
+    except (RuntimeError, ValueError, AssertionError):  # how libraries put that a size does not suit them
+        return
+    finally:
+        encoder.train()
+        for hook in hooks:
+            hook.remove()
     stages = [encoder]
     while stages:
         stage = stages.pop()

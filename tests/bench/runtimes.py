@@ -18,6 +18,8 @@ from tests.bench.measuring import MEGA, fresh, gib, spread, timed
 WAYS = (
     ("torch", "float32"),
     ("torch", "bfloat16"),
+    ("torch-compiled", "float32"),
+    ("torch-compiled", "bfloat16"),
     ("openvino", "float32"),
     ("openvino", "bfloat16"),
     ("onnxruntime", "float32"),

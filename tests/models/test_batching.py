@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s2seg.errors import ModelError
-from s2seg.models import import_onnx, open_session
+from s2seg.models import import_onnx, open_session, save_bundle
 from s2seg.models.runtimes import LAYERS
 from s2seg.models.runtimes.batching import MeasuredBatches, fastest_batch
 from s2seg.models.runtimes.lanes import CudaLane, HostLane, Lanes
@@ -127,6 +127,31 @@ def test_a_session_measures_itself(session, cache, monkeypatch):
     assert session._seconds(8, 64, 64) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "side", "runs"),
+    [
+        ({}, 256, "_trimmed"),
+        ({}, 192, "_network"),  # nothing of it would be left
+        ({"global_context": True}, 256, "probabilities"),
+    ],
+)
+def test_a_trial_runs_what_a_map_runs(other_spec, network, tmp_path, monkeypatch, changes, side, runs):
+    bundle, ran = save_bundle(tmp_path, other_spec(**changes), network.state_dict()), []
+    session = TorchSession(bundle, "cpu", "float32")
+    for name, cut in (("_network", 0), ("_trimmed", 88)):
+
+        def run(x, name=name, cut=cut):
+            ran.append(name)
+            return torch.zeros(len(x), 3, *(n - 2 * cut for n in x.shape[2:]))
+
+        monkeypatch.setattr(session, name, run)
+    probabilities = session._probabilities
+    monkeypatch.setattr(session, "_probabilities", lambda dn: ran.append("probabilities") or probabilities(dn))
+    assert session._seconds(1, side, side) > 0
+    assert runs in ran
+    assert ("probabilities" in ran) == bool(changes)
+
+
 @pytest.mark.parametrize(("precision", "share", "steps"), [("float32", 1e-4, 1), ("bfloat16", 1e-3, 5)])
 def test_the_map_depends_on_the_batch_no_more_than_rounding_does(bundle, precision, share, steps):
     session = TorchSession(bundle, "cpu", precision)
@@ -154,8 +179,9 @@ class RecordingLane(HostLane):
         self.log.append("leave")
 
     def upload(self, values):
-        self.log.append(("upload", tuple(values.shape), values.dtype))
-        return values
+        sent = super().upload(values)
+        self.log.append(("upload", tuple(sent.shape), sent.dtype))
+        return sent
 
     def download(self, values):
         self.log.append(("download", tuple(values.shape), values.dtype))
@@ -205,22 +231,23 @@ def test_a_cuda_lane_pins_and_copies_in_its_own_stream(monkeypatch):
         log.append("leave")
 
     def empty(*size, pin_memory, dtype):
-        log.append(f"pin answers {pin_memory}")
+        assert pin_memory
+        log.append(f"pin {dtype}".replace("torch.", ""))
         return plain(*size, dtype=dtype)
 
     plain = torch.empty
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", running)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: log.append("pin numbers") or self.clone())
     monkeypatch.setattr(torch, "empty", empty)
-    lane, numbers = CudaLane(torch.device("cpu")), torch.arange(6, dtype=torch.uint8)
+    lane, numbers = CudaLane(torch.device("cpu")), np.arange(12, dtype=">u2")[::-2]
+    numbers.flags.writeable = False  # as dask hands arrays out
     with lane.running():
-        answers = lane.download(lane.upload(numbers) + 1)
+        answers = lane.download(lane.upload(numbers).to(torch.uint8) + 1)
         lane.wait()
-    assert answers.tolist() == [1, 2, 3, 4, 5, 6]
+    assert answers.tolist() == [12, 10, 8, 6, 4, 2]
     assert log == [
-        "stream", "after the current stream", "enter", "pin numbers", "pin answers True", "synchronize", "leave",
+        "stream", "after the current stream", "enter", "pin uint16", "pin uint8", "synchronize", "leave",
     ]  # fmt: skip
 
 
@@ -255,14 +282,16 @@ def test_as_many_batches_at_once_as_there_are_lanes():
 
 # -- short of memory --------------------------------------------------------------------------------------------------
 
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-def starve(session, pixels, monkeypatch):
+
+def starve(session, pixels, monkeypatch, error=NO_MEMORY):
     """Give the network memory for so many pixels at a time; return the batches that it was shown."""
     network, seen = session._network, []
 
     def run(x):
         if x[:, 0].numel() > pixels:
-            raise torch.OutOfMemoryError("no memory")
+            raise error
         seen.append(len(x))
         return network(x)
 
@@ -270,10 +299,20 @@ def starve(session, pixels, monkeypatch):
     return seen
 
 
-def test_a_batch_that_does_not_fit_is_halved(session, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        NO_MEMORY,
+        torch.AcceleratorError("CUDA error: out of memory"),  # of what torch's allocator does not keep
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["torch", "CUDA", "cuDNN", "CPU"],
+)
+def test_a_batch_that_does_not_fit_is_halved(session, monkeypatch, error):
     dn = smooth_pixels(5, n=7, side=64)
     expected = session.classify(dn, 8, ALL)
-    seen = starve(session, 2 * 64 * 64, monkeypatch)
+    seen = starve(session, 2 * 64 * 64, monkeypatch, error)
     answer = session.classify(dn, 8, ALL)
     assert seen == [1] * 7  # 7, then 3, then 1
     assert_layers_agree(answer, expected)

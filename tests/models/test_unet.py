@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from s2seg.errors import ModelError
 from s2seg.legend import BUILTIN
-from s2seg.models import build_network, pools_globally
+from s2seg.models import build_network, pools_globally, save_bundle
+from s2seg.models.runtimes.pytorch import TorchSession
 from s2seg.models.runtimes.tuning import fold_batch_norm
+from tests.models.conftest import smooth_pixels
 
 
 def test_bands_and_classes_shape_the_network(other_spec):
@@ -100,3 +104,30 @@ def test_what_cannot_be_built_is_named(other_spec, architecture, message):
 def test_networks_that_see_the_whole_window(other_spec, architecture, expected):
     net = build_network(other_spec(architecture=architecture)).eval()
     assert pools_globally(net, 4) is expected
+
+
+WINDOWED = {
+    "name": "DPT", "encoder": "tu-vit_tiny_patch16_224", "decoder_fusion_channels": 16,
+    "decoder_intermediate_channels": [16, 16, 16, 16],
+}  # fmt: skip
+"""Takes windows of 224 px only."""
+
+
+def test_a_network_that_takes_one_size_only_runs_in_windows_of_that_size(other_spec, tmp_path):
+    spec = other_spec(architecture=WINDOWED, window=224, global_context=True, depth=96)
+    session = TorchSession(save_bundle(tmp_path, spec, build_network(spec).state_dict()), "cpu", "float32")
+    assert session.probabilities(smooth_pixels(1, side=224)).shape == (1, 3, 224, 224)
+
+
+def test_a_window_that_a_network_does_not_take_is_told_when_it_opens(other_spec, tmp_path):
+    spec = other_spec(architecture=WINDOWED)
+    bundle = save_bundle(tmp_path, spec, build_network(spec).state_dict())
+    with pytest.raises(ModelError, match=r"no windows of 64 px \(.*224.*\): save the bundle with the window that it"):
+        TorchSession(bundle, "cpu", "float32")
+
+
+def test_an_encoder_that_takes_no_small_image_keeps_its_layers(other_spec):
+    swin = "tu-swin_tiny_patch4_window7_224"
+    spec = other_spec(architecture={"name": "Unet", "encoder": swin, "encoder_depth": 2, "decoder_channels": [16, 8]})
+    names = {tuple(build_network(replace(spec, window=window)).state_dict()) for window in (None, 224)}
+    assert len(names) == 1

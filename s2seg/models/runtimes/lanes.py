@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -22,8 +24,8 @@ class Lane(Protocol):
     def running(self) -> AbstractContextManager[object]:
         """Return a context in which what is asked of the device is done in order, independent of other lanes."""
 
-    def upload(self, values: torch.Tensor) -> torch.Tensor:
-        """Return numbers of this machine's memory on the device."""
+    def upload(self, values: npt.NDArray[np.uint16]) -> torch.Tensor:
+        """Return stored numbers on the device."""
 
     def download(self, values: torch.Tensor) -> torch.Tensor:
         """Return numbers of the device in this machine's memory; they are there after :meth:`wait`."""
@@ -39,9 +41,10 @@ class HostLane:
         """See :class:`Lane`."""
         return nullcontext()
 
-    def upload(self, values: torch.Tensor) -> torch.Tensor:
+    def upload(self, values: npt.NDArray[np.uint16]) -> torch.Tensor:
         """See :class:`Lane`."""
-        return values
+        # torch warns of arrays that it must not write to, which is what dask hands out; the copy is two bytes a pixel
+        return torch.from_numpy(np.require(values, np.uint16, ("C", "W")))
 
     def download(self, values: torch.Tensor) -> torch.Tensor:
         """See :class:`Lane`."""
@@ -69,9 +72,11 @@ class CudaLane:
         """See :class:`Lane`."""
         return torch.cuda.stream(self._stream)
 
-    def upload(self, values: torch.Tensor) -> torch.Tensor:
+    def upload(self, values: npt.NDArray[np.uint16]) -> torch.Tensor:
         """See :class:`Lane`."""
-        return values.pin_memory().to(self._device, non_blocking=True)
+        pinned = torch.empty(values.shape, dtype=torch.uint16, pin_memory=True)
+        np.copyto(pinned.numpy(), values)
+        return pinned.to(self._device, non_blocking=True)
 
     def download(self, values: torch.Tensor) -> torch.Tensor:
         """See :class:`Lane`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 import time
@@ -22,7 +23,7 @@ from s2seg.models.runtimes.batching import MeasuredBatches, batch_for_caches
 from s2seg.models.runtimes.lanes import lanes_for
 from s2seg.models.runtimes.seams import warn_of_seams
 from s2seg.models.runtimes.trimming import middle, trim_decoder
-from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling
+from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling, trial_side
 from s2seg.models.unet import build_network, pools_globally
 
 T = TypeVar("T")
@@ -30,6 +31,9 @@ _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float
 _FLOAT, _CHECK = "float", "check"
 _BROKEN = "the network answers with NaN or infinity: its weights or scaling are broken"
 _NARROW = ", or its numbers are too large for float16: use precision 'bfloat16'"
+_NO_MEMORY = re.compile(r"out of memory|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+"""How CUDA, its libraries and a processor's allocator say what torch's own allocator for GPUs says by its type."""
+
 _REPEATS = 3
 _LISTED = 3  # names of layers in an error: enough to see the pattern
 
@@ -47,9 +51,31 @@ def choose_device(path: str, device: str) -> str:
     return device
 
 
-def has_bfloat16() -> bool:
-    """Whether the GPU calculates in bfloat16, and does not only imitate it."""
-    return bool(torch.cuda.is_bf16_supported(False))
+def has_bfloat16(device: str) -> bool:
+    """Whether this GPU calculates in bfloat16, and does not only imitate it."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(False))
+
+
+def load_network(bundle: ModelBundle) -> torch.nn.Module:
+    """Build a bundle's network with its weights, on the CPU, in evaluation mode.
+
+    Raises
+    ------
+    ModelError
+        When the weights do not fit, or the network does not take the windows that it is tried on.
+    """
+    network, side = _load_weights(build_network(bundle.spec), bundle).eval(), trial_side(bundle.spec)
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, len(bundle.spec.bands), side, side))
+    except (RuntimeError, ValueError, AssertionError) as error:  # how libraries put that a size does not suit them
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            bundle.path,
+            f"the network takes no windows of {side} px ({reason}): save the bundle with the window that it takes",
+        ) from error
+    return network
 
 
 class TorchSession:
@@ -66,21 +92,24 @@ class TorchSession:
         is turned off for the whole process.
     """
 
+    _runtime = "torch"
+
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
-        self.name = f"torch {device} {precision}"
+        self.name = f"{self._runtime} {device} {precision}"
         self._path, self._activation, self._stride = bundle.path, bundle.spec.activation, bundle.spec.stride
         self._bands = len(bundle.spec.bands)
         self._device = torch.device(device)
         self._autocast = _AUTOCAST[precision]
         self._prepare(precision)
-        network = _load_weights(build_network(bundle.spec), bundle).eval()
-        if not bundle.spec.global_context and pools_globally(network, self._bands):
+        network, side = load_network(bundle), trial_side(bundle.spec)
+        if not bundle.spec.global_context and pools_globally(network, self._bands, side):
             warn_of_seams(bundle.path)
         # folded on the CPU: what TF32 drops on a GPU would look like a difference
-        network = fold_batch_norm(network, self._bands)
+        network = fold_batch_norm(network, self._bands, side)
         if self._device.type == "cpu":  # nobody has measured yet what it does for a GPU
-            network = merge_upsampling(network, self._bands)
-        self._depth = bundle.spec.depth
+            network = merge_upsampling(network, self._bands, side)
+        self._blends = bundle.spec.blends
+        self._depth = 0 if self._blends else bundle.spec.depth  # what is cut from an answer
         # channels last: measured 1.2 times (float32) and 2.2 times (bfloat16) as fast on a CPU, and cuDNN's choice too
         self._network, self._trimmed = (
             network.to(self._device).to(memory_format=torch.channels_last)
@@ -95,14 +124,14 @@ class TorchSession:
         self._batches: Callable[[int, int], int] = batch_for_caches
         if self._device.type == "cuda":
             card = torch.cuda.get_device_name(self._device)
-            conditions = f"{card}, torch {torch.__version__}, {precision}"
+            conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}"
             self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
 
     def _prepare(self, precision: str) -> None:
         """Set up what is the process's or the device's, and refuse a precision that the device lacks."""
         if self._device.type == "cpu":
             keep_freed_memory()
-        elif precision == "bfloat16" and not has_bfloat16():
+        elif precision == "bfloat16" and not has_bfloat16(str(self._device)):
             raise ModelError(self._path, f"device {self._device} has no bfloat16 arithmetic: use precision 'float32'")
         elif precision == "float32":
             # not around each call: other threads would see it change under them
@@ -139,7 +168,9 @@ class TorchSession:
             alone = self._lanes.count == 1
             try:
                 parts.append(answer(batch))
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not _lacks_memory(error):
+                    raise
                 traceback.clear_frames(error.__traceback__)  # they hold what was computed until then
                 if not alone:
                     self._lanes.narrow()
@@ -163,11 +194,19 @@ class TorchSession:
         try:
             for _ in range(1 + _REPEATS):
                 start = time.perf_counter()
-                self._classify(noise, 0, {"class"})
+                self._run_as_a_map_does(noise)
                 seconds.append(time.perf_counter() - start)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _lacks_memory(error):
+                raise
             return None
         return statistics.median(seconds[1:])  # the first prepares what the others use
+
+    def _run_as_a_map_does(self, windows: npt.NDArray[np.uint16]) -> None:
+        if self._blends:
+            self._probabilities(windows)
+        else:
+            self._classify(windows, self._depth if min(windows.shape[-2:]) > 2 * self._depth else 0, {"class"})
 
     def _too_large(self, window: npt.NDArray[np.uint16]) -> ModelError:
         """Find by trial what would fit, for an error that helps."""
@@ -177,7 +216,9 @@ class TorchSession:
             side = max(side // 2 // self._stride, 1) * self._stride
             try:
                 self._probabilities(window[:, :, :side, :side])
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _lacks_memory(error):
+                    raise
                 continue
             advice = f"one of {side} x {side} px fits: set core to {side} less twice the model's depth, or smaller"
             break
@@ -188,54 +229,55 @@ class TorchSession:
     def _classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
     ) -> dict[str, npt.NDArray[np.uint8]]:
-        return self._through(windows, crop, lambda scores: self._layers(scores, layers))
+        return self._through(windows, crop, frozenset(layers))
 
     def _probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-        def answer(scores: torch.Tensor) -> dict[str, torch.Tensor]:
-            best = scores.amax(dim=1)
-            return {_FLOAT: torch.softmax(scores, dim=1) if self._activation == "logits" else scores, _CHECK: best}
-
-        probabilities: npt.NDArray[np.float32] = self._through(windows, 0, answer)[_FLOAT]
+        probabilities: npt.NDArray[np.float32] = self._through(windows, 0, frozenset({_FLOAT}))[_FLOAT]
         return probabilities
 
     @torch.inference_mode()
     def _through(
-        self, windows: npt.NDArray[np.uint16], crop: int, answer: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+        self, windows: npt.NDArray[np.uint16], crop: int, outputs: frozenset[str]
     ) -> dict[str, npt.NDArray[Any]]:
         """Take one batch to the device, compute there, and bring the answers back, with one wait for all of it."""
-        # torch warns of arrays that it must not write to, which is what dask hands out; the copy is two bytes a pixel
-        own = torch.from_numpy(np.require(windows, np.uint16, ("C", "W")))
         with self._lanes.borrow() as lane:
-            answers = answer(self._scores(lane.upload(own), crop))
-            answers[_CHECK] = answers[_CHECK].isfinite().all()
+            answers = self._answers(lane.upload(windows), crop, outputs)
             arrived = {name: lane.download(values.contiguous()) for name, values in answers.items()}
             lane.wait()
         if not arrived.pop(_CHECK):
             raise ModelError(self._path, _BROKEN + (_NARROW if self._autocast == torch.float16 else ""))
         return {name: values.numpy() for name, values in arrived.items()}
 
+    def _answers(self, numbers: torch.Tensor, crop: int, outputs: frozenset[str]) -> dict[str, torch.Tensor]:
+        """Map stored numbers on the device to what is asked for, and to whether all scores are sound."""
+        scores = self._scores(numbers, crop)
+        if self._activation == "logits" and outputs != {"class"}:
+            scores = torch.softmax(scores, dim=1)  # the class alone is the same without it
+        best, channel = scores.max(dim=1)
+        answers = {_CHECK: best.isfinite().all()}
+        if "class" in outputs:
+            answers["class"] = self._codes[channel]
+        if "confidence" in outputs:
+            answers["confidence"] = _quantize(best, CONFIDENCE_STEPS)
+        if "probability" in outputs:
+            answers["probability"] = _quantize(scores, PROBABILITY_STEPS)
+        if _FLOAT in outputs:
+            answers[_FLOAT] = scores
+        return answers
+
     def _scores(self, numbers: torch.Tensor, crop: int) -> torch.Tensor:
         """Run the network on stored numbers; return (n, class, y, x) float32 on the device, less the border."""
         x = numbers.to(torch.float32, memory_format=torch.channels_last)
         x.mul_(self._a).add_(self._b)
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+        # without the cache of rounded weights: threads share it, and know nothing of each other's streams
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None, cache_enabled=False):
             scores: torch.Tensor = (self._trimmed if crop == self._depth else self._network)(x)
         height, width = numbers.shape[-2:]
         return middle(scores, (height - 2 * crop, width - 2 * crop)).float()
 
-    def _layers(self, scores: torch.Tensor, layers: Set[str]) -> dict[str, torch.Tensor]:
-        """Turn scores into what is stored, and what tells whether they are sound."""
-        if self._activation == "logits" and layers != {"class"}:
-            scores = torch.softmax(scores, dim=1)  # the class alone is the same without it
-        best, channel = scores.max(dim=1)
-        answer = {_CHECK: best}
-        if "class" in layers:
-            answer["class"] = self._codes[channel]
-        if "confidence" in layers:
-            answer["confidence"] = _quantize(best, CONFIDENCE_STEPS)
-        if "probability" in layers:
-            answer["probability"] = _quantize(scores, PROBABILITY_STEPS)
-        return answer
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(_NO_MEMORY.search(str(error)))
 
 
 def _quantize(values: torch.Tensor, steps: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from torch import nn
 
 from s2seg.models.full_resolution import FullResolution
-from s2seg.models.runtimes.tuning import answers_alike, trial_window
+from s2seg.models.runtimes.tuning import TRIAL_SIDE, answers_alike, trial_window
 
 _CONTEXT = 4
 """Pixels of its coarse image that a block sees beyond those that count. Three are enough: to be right 3 px beyond what
@@ -49,7 +49,7 @@ def trim_decoder(network: nn.Module, bands: int, margin: int) -> nn.Module:
         return network
     if isinstance(getattr(trimmed, "full_resolution", None), FullResolution):
         trimmed.full_resolution.cut = cut
-    trial = trial_window(network, bands, 2 * margin)
+    trial = trial_window(network, bands, TRIAL_SIDE + 2 * margin)
     expected = network(trial)[..., margin:-margin, margin:-margin]
     return trimmed if answers_alike(expected, middle(trimmed(trial), expected.shape)) else network
 

@@ -13,12 +13,16 @@ from segmentation_models_pytorch.decoders.unetplusplus.decoder import DecoderBlo
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_TRIAL_SIDE = 64
+from s2seg.models.spec import ModelSpec
+
+TRIAL_SIDE = 64
+"""Pixels on a side of a window on which a change is tried: large enough for five levels, and cheap."""
+
 _DECODER_BLOCKS = (UnetDecoderBlock, UnetPlusPlusDecoderBlock)
 
 
 @torch.no_grad()
-def fold_batch_norm(network: nn.Module, bands: int) -> nn.Module:
+def fold_batch_norm(network: nn.Module, bands: int, side: int = TRIAL_SIDE) -> nn.Module:
     """Fold each batch normalisation into the convolution before it: a pass over memory less per layer.
 
     Parameters
@@ -27,6 +31,8 @@ def fold_batch_norm(network: nn.Module, bands: int) -> nn.Module:
         In evaluation mode; it is not changed.
     bands
         Input channels, for a trial run.
+    side
+        Pixels on a side of the trial's window.
 
     Returns
     -------
@@ -44,11 +50,11 @@ def fold_batch_norm(network: nn.Module, bands: int) -> nn.Module:
                     setattr(module, first, fuse_conv_bn_eval(conv, norm))
                     setattr(module, second, nn.Identity())
 
-    return _if_it_answers_the_same(network, bands, fold)
+    return _if_it_answers_the_same(network, trial_window(network, bands, side), fold)
 
 
 @torch.no_grad()
-def merge_upsampling(network: nn.Module, bands: int) -> nn.Module:
+def merge_upsampling(network: nn.Module, bands: int, side: int = TRIAL_SIDE) -> nn.Module:
     """Let decoders of U-Nets convolve the coarse image, where they enlarge it first: see :class:`MergedBlock`.
 
     On a CPU the whole network runs about 1.5 times as fast, and does without the enlarged images.
@@ -59,6 +65,8 @@ def merge_upsampling(network: nn.Module, bands: int) -> nn.Module:
         In evaluation mode; it is not changed. Fold its batch normalisation first.
     bands
         Input channels, for a trial run.
+    side
+        Pixels on a side of the trial's window.
 
     Returns
     -------
@@ -66,7 +74,8 @@ def merge_upsampling(network: nn.Module, bands: int) -> nn.Module:
         A copy in which every block of a Unet's or a UnetPlusPlus's decoder that can be merged is, or the network itself
         where none can, or where the copy gives other answers on a trial window.
     """
-    channels = _upsampled_channels(network, bands)
+    trial = trial_window(network, bands, side)
+    channels = _upsampled_channels(network, trial)
     if not channels:
         return network
 
@@ -74,7 +83,7 @@ def merge_upsampling(network: nn.Module, bands: int) -> nn.Module:
         for name, count in channels.items():
             network.set_submodule(name, MergedBlock(network.get_submodule(name), count))
 
-    return _if_it_answers_the_same(network, bands, merge)
+    return _if_it_answers_the_same(network, trial, merge)
 
 
 class MergedBlock(nn.Module):
@@ -118,7 +127,7 @@ class MergedBlock(nn.Module):
         return answer
 
 
-def _upsampled_channels(network: nn.Module, bands: int) -> dict[str, int]:
+def _upsampled_channels(network: nn.Module, trial: torch.Tensor) -> dict[str, int]:
     """Channels of what each block that can be merged enlarges, by the block's name: seen on a small image."""
     seen: dict[str, int] = {}
 
@@ -132,7 +141,7 @@ def _upsampled_channels(network: nn.Module, bands: int) -> dict[str, int]:
         block.register_forward_pre_hook(watch(name)) for name, block in network.named_modules() if _can_be_merged(block)
     ]
     if hooks:
-        network(trial_window(network, bands))
+        network(trial)
     for hook in hooks:
         hook.remove()
     return seen
@@ -146,11 +155,10 @@ def _can_be_merged(block: Any) -> bool:
     return plain and isinstance(block.attention1.attention, nn.Identity)
 
 
-def _if_it_answers_the_same(network: nn.Module, bands: int, change: Callable[[nn.Module], None]) -> nn.Module:
+def _if_it_answers_the_same(network: nn.Module, trial: torch.Tensor, change: Callable[[nn.Module], None]) -> nn.Module:
     """Return a changed copy, or the network itself where the two differ by more than rounding."""
     changed = copy.deepcopy(network)
     change(changed)
-    trial = trial_window(network, bands)
     return changed if answers_alike(network(trial), changed(trial)) else network
 
 
@@ -161,8 +169,12 @@ def answers_alike(expected: torch.Tensor, found: torch.Tensor) -> bool:
     return bool((found - expected).abs().max() <= 1e-4 * float(expected.abs().max()))
 
 
-def trial_window(network: nn.Module, bands: int, more: int = 0) -> torch.Tensor:
-    """Return a window of noise, (1, bands, y, x), where the network is; ``more`` pixels on a side than the least."""
-    side = _TRIAL_SIDE + more
+def trial_side(spec: ModelSpec) -> int:
+    """Return the pixels on a side of a window on which the network of a spec is tried: its own, if that is fixed."""
+    return spec.window or TRIAL_SIDE
+
+
+def trial_window(network: nn.Module, bands: int, side: int = TRIAL_SIDE) -> torch.Tensor:
+    """Return a window of noise, (1, bands, side, side), where the network is."""
     noise = torch.randn(1, bands, side, side, generator=torch.Generator().manual_seed(0))
     return noise.to(next(network.parameters()).device)
