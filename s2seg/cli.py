@@ -136,7 +136,9 @@ def map_command(
         bool,
         typer.Option(help="Compare the catalog's word on the radiometric offset with the pixels, where it can err."),
     ] = True,
-    runtime: Annotated[str, typer.Option(help="torch, openvino, onnxruntime or auto.")] = "auto",
+    runtime: Annotated[
+        str, typer.Option(help="torch, torch-compiled (needs a C++ compiler), openvino, onnxruntime or auto.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, tensorrt (onnxruntime) or auto.")] = "auto",
     precision: Annotated[
         str,

@@ -42,7 +42,7 @@ _MOST_PIXELS = 2**37
 
 _ROWS_WAITING = 3
 
-_LIBRARIES_BYTES = {"torch": 1250 * 2**20}
+_LIBRARIES_BYTES = {"torch": 1250 * 2**20, "torch-compiled": 1250 * 2**20}
 _OTHER_LIBRARIES_BYTES = 650 * 2**20
 _WAITING_BYTES = 250 * 2**20
 _TILE = (16384, 16384)
