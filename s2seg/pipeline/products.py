@@ -31,6 +31,9 @@ from s2seg.sources.stack import stack
 _PICTURE_PIXELS = 1000
 """The quicklook's maps have at most this many pixels on a side."""
 
+_COUNTED_ROWS = 64
+"""Rows that are counted at once: NumPy makes eight bytes of each pixel to count it, and these stay in the cache."""
+
 _VERSIONS = ("s2seg", "dask", "numpy", "odc-geo", "pystac-client", "rasterio", "stackstac", "xarray", "zarr")
 
 
@@ -131,7 +134,8 @@ def _survey(maps: xr.DataArray) -> tuple[npt.NDArray[np.int64], xr.DataArray]:
     for count, picture, layer in zip(counts, small, layers, strict=True):
         for rows, columns in pieces(layer):
             block = layer[rows, columns].to_numpy()
-            count += np.bincount(block.ravel(), minlength=256)
+            for few in np.split(block, range(_COUNTED_ROWS, len(block), _COUNTED_ROWS)):
+                count += np.bincount(few.ravel(), minlength=256)
             y, x = (
                 slice(*np.searchsorted(taken, (span.start, span.stop)))
                 for taken, span in ((down, rows), (across, columns))
