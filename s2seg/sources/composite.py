@@ -161,13 +161,12 @@ def per_date(stack: xr.DataArray) -> xr.DataArray:
             _first_valid,
             part.rechunk({0: -1, 1: -1}),
             dtype=np.uint16,
-            drop_axis=0,
-            chunks=((len(bands),), *data.chunks[2:]),
-            meta=np.empty((0, 0, 0), np.uint16),
+            chunks=((1,), (len(bands),), *data.chunks[2:]),
+            meta=np.empty((0, 0, 0, 0), np.uint16),
         )
         for part in (data[a:b] for a, b in zip(starts, [*starts[1:], stack.sizes["time"]], strict=True))
     ]
-    mosaics = da.stack(layers)
+    mosaics = da.concatenate(layers)
     first = stack.isel(time=starts)
     scene = xr.DataArray(
         mosaics,
@@ -296,9 +295,9 @@ def _mosaic_passes(data: Pixels, usable: Flags, groups: npt.NDArray[np.int64]) -
 
 
 def _first_valid(data: Pixels) -> Pixels:
-    """Mosaic one pass: (scene, band, y, x) -> (band, y, x), each pixel from the first scene that has it."""
+    """Mosaic one pass: (scene, band, y, x) -> (1, band, y, x), each pixel from the first scene that has it."""
     merged, _ = _mosaic_passes(data, _is_whole(data), np.zeros(len(data), dtype=np.int64))
-    return merged[0]
+    return merged
 
 
 def _grid_coords(stack: xr.DataArray) -> dict[str, xr.DataArray]:
