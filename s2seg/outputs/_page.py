@@ -6,7 +6,9 @@ tall areas. No pyplot: nothing here touches matplotlib's global state.
 
 from __future__ import annotations
 
+import struct
 import textwrap
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
+from matplotlib.transforms import BboxBase
 
 from s2seg.legend import Legend
 from s2seg.outputs._files import replacing, writing
@@ -32,7 +37,7 @@ INK, FAINT, EDGE = "#222222", "#666666", "#999999"
 BLANK = 255  # white: no data
 
 _DPI = 200
-_PNG_LEVEL = 4  # a third faster than the usual 6, for 1 or 2 % more bytes
+_PNG_LEVEL = 3  # in two thirds of the time of the usual 6, for a few percent more bytes
 _SIZE = 8.5  # points, of text
 _MIDDLE = 0.4  # how bright the median pixel of a scene should be
 _ROW = 0.24  # of a key
@@ -56,22 +61,28 @@ def scene_image(scene: xr.DataArray) -> tuple[Image, str]:
     percentile of all three bands together, and brightened where clouds or water set the scale.
     """
     bands, label = three_bands([str(b) for b in scene["band"].to_numpy()])
-    values = scene.sel(band=bands).transpose(..., "y", "x", "band").to_numpy().astype("float32")
-    valid = (values > 0).all(axis=-1)
-    image = np.full(values.shape, BLANK, np.uint8)
+    planes = scene.sel(band=bands).transpose("band", ..., "y", "x").to_numpy().astype(np.uint16)
+    valid = planes.min(axis=0) > 0
+    image = np.full((*valid.shape, 3), BLANK, np.uint8)
     if valid.any():
-        image[valid] = _stretch(values[valid])
+        table = _stretch(planes[:, valid])
+        for channel, plane in enumerate(planes):
+            np.copyto(image[..., channel], table[plane], where=valid)
     return image, label
 
 
-def _stretch(values: npt.NDArray[np.float32]) -> Image:
-    """Stretch from the 2nd to the 98th percentile, then brighten: under clouds the land would be black otherwise."""
-    low, middle, high = np.percentile(values, (2, 50, 98))
-    unit = np.clip((values - low) / max(high - low, 1), 0, 1)
+def _stretch(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    """Brightness of each digital number, (65536,): from the 2nd to the 98th percentile of the values, then brightened.
+
+    Under clouds the land would be black otherwise.
+    """
+    seen = np.cumsum(np.bincount(values.ravel()))
+    low, middle, high = np.searchsorted(seen, np.multiply((0.02, 0.5, 0.98), seen[-1]))
+    unit = np.clip((np.arange(2**16) - low) / max(high - low, 1), 0, 1)
     at = np.clip((middle - low) / max(high - low, 1), 0.01, 0.99)
     gamma = np.clip(np.log(_MIDDLE) / np.log(at), 0.45, 1)
-    stretched: Image = (unit**gamma * 255).round().astype(np.uint8)
-    return stretched
+    table: npt.NDArray[np.uint8] = (unit**gamma * 255).round().astype(np.uint8)
+    return table
 
 
 def three_bands(available: Sequence[str]) -> tuple[list[str], str]:
@@ -107,7 +118,7 @@ class Page:
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self._figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-        FigureCanvasAgg(self._figure)
+        self._canvas = FigureCanvasAgg(self._figure)
 
     def text(self, x: float, y: float, text: str, *, size: float = _SIZE, color: str = INK, **style: Any) -> None:
         """Write; ``y`` is the top of the first line unless ``va`` says otherwise."""
@@ -133,16 +144,68 @@ class Page:
     def image(self, x: float, y: float, width: float, height: float, image: Image) -> Axes:
         """Show pixels as they are, in a thin frame."""
         axes = self.axes(x, y, width, height)
-        axes.imshow(image, interpolation="nearest", aspect="auto")
-        axes.set(xticks=[], yticks=[])
+        axes.add_artist(_Pixels(image, axes.bbox))
+        height, width = image.shape[:2]
+        axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axes.spines[:].set(color=EDGE, linewidth=0.5)
         return axes
 
     def save(self, path: Path) -> Path:
         """Write a PNG; it appears under its name when it is complete."""
+        self._canvas.draw()  # type: ignore[no-untyped-call]
+        image = np.asarray(self._canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]  # a page is opaque
         with replacing(path) as partial, writing(path):
-            self._figure.savefig(partial, format="png", dpi=_DPI, pil_kwargs={"compress_level": _PNG_LEVEL})
+            partial.write_bytes(_png(image))
         return path
+
+
+class _Pixels(Artist):
+    """An image that fills a part of its page: each pixel of that is the nearest of the image.
+
+    ``imshow`` draws the same, by way of floats and in ten times the time.
+    """
+
+    def __init__(self, image: Image, box: BboxBase) -> None:
+        super().__init__()
+        self._image, self._box = image, box
+
+    def draw(self, renderer: RendererBase) -> None:
+        left, bottom, right, top = np.rint(self._box.extents).astype(int).tolist()
+        height, width = self._image.shape[:2]
+        opaque = np.full((height, width, 4), 255, np.uint8)
+        opaque[..., :3] = self._image
+        # a pixel is one number, so that it is taken in one step; the renderer begins at the bottom
+        rows, columns = _nearest(height, top - bottom)[::-1], _nearest(width, right - left)
+        shown = opaque.view(np.uint32)[..., 0].take(columns, axis=1).take(rows, axis=0)
+        renderer.draw_image(renderer.new_gc(), left, bottom, shown[..., None].view(np.uint8))
+
+
+def _nearest(have: int, want: int) -> npt.NDArray[np.intp]:
+    """Which of ``have`` pixels in a row are shown by each of ``want``."""
+    return (2 * np.arange(want) + 1) * have // (2 * want)
+
+
+def _png(image: Image) -> bytes:
+    """Encode as PNG (W3C, third edition): each row as its difference from the one above, deflated at once.
+
+    General encoders try five such filters on every row, which takes longer than the compression.
+    """
+    height, width = image.shape[:2]
+    pixels = image.reshape(height, -1)
+    rows = np.full((height, 1 + pixels.shape[1]), 2, np.uint8)  # each begins with its filter, 2: up
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+    per_metre = round(_DPI / 0.0254)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),  # eight bits, red, green, blue
+        b"pHYs": struct.pack(">IIB", per_metre, per_metre, 1),
+        b"IDAT": zlib.compress(rows.data, _PNG_LEVEL),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    )
 
 
 class Head:

@@ -132,11 +132,10 @@ def composite(stack: xr.DataArray, spec: CompositeSpec | None = None) -> xr.Data
         groups=passes(stack),
         reduce=reduce,
         dtype=np.uint16,
-        drop_axis=0,
-        chunks=((len(bands) + 1,), *data.chunks[2:]),
-        meta=np.empty((0, 0, 0), np.uint16),
+        chunks=((1,), (len(bands) + 1,), *data.chunks[2:]),
+        meta=np.empty((0, 0, 0, 0), np.uint16),
     )
-    return _scene(both, stack, bands)
+    return _scene(both[0], stack, bands)
 
 
 def per_date(stack: xr.DataArray) -> xr.DataArray:
@@ -162,13 +161,12 @@ def per_date(stack: xr.DataArray) -> xr.DataArray:
             _first_valid,
             part.rechunk({0: -1, 1: -1}),
             dtype=np.uint16,
-            drop_axis=0,
-            chunks=((len(bands),), *data.chunks[2:]),
-            meta=np.empty((0, 0, 0), np.uint16),
+            chunks=((1,), (len(bands),), *data.chunks[2:]),
+            meta=np.empty((0, 0, 0, 0), np.uint16),
         )
         for part in (data[a:b] for a, b in zip(starts, [*starts[1:], stack.sizes["time"]], strict=True))
     ]
-    mosaics = da.stack(layers)
+    mosaics = da.concatenate(layers)
     first = stack.isel(time=starts)
     scene = xr.DataArray(
         mosaics,
@@ -253,7 +251,10 @@ def _pass_clouds(stack: xr.DataArray) -> tuple[float, ...]:
 def _composite_block(
     data: Pixels, *scl: Pixels, mask: tuple[str, ...], groups: npt.NDArray[np.int64], reduce: Reducer
 ) -> Pixels:
-    """One block, (time, band, y, x) and (time, 1, y, x) -> (band + 1, y, x): the composite, then the clear looks."""
+    """One block, (time, band, y, x) and (time, 1, y, x) -> (1, band + 1, y, x): the composite, then the clear looks.
+
+    Time stays, as one date: dask would copy a block to drop a dimension along with it.
+    """
     dates, bands, height, width = data.shape
     out = np.empty((bands + 1, height, width), dtype=np.uint16)
     rows = min(height, max(1, _SLAB_PIXELS // (dates * width)))
@@ -270,7 +271,7 @@ def _composite_block(
             np.bitwise_and(pixels[0], bits(usable[0]), out=out[:-1, at])
         else:
             out[:-1, at] = reduce(Slab(pixels, usable, looks, scratch[:, :, : len(looks)]))
-    return out
+    return out[None]
 
 
 def _is_whole(data: Pixels) -> Flags:
@@ -294,9 +295,9 @@ def _mosaic_passes(data: Pixels, usable: Flags, groups: npt.NDArray[np.int64]) -
 
 
 def _first_valid(data: Pixels) -> Pixels:
-    """Mosaic one pass: (scene, band, y, x) -> (band, y, x), each pixel from the first scene that has it."""
+    """Mosaic one pass: (scene, band, y, x) -> (1, band, y, x), each pixel from the first scene that has it."""
     merged, _ = _mosaic_passes(data, _is_whole(data), np.zeros(len(data), dtype=np.int64))
-    return merged[0]
+    return merged
 
 
 def _grid_coords(stack: xr.DataArray) -> dict[str, xr.DataArray]:
