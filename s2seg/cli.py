@@ -210,7 +210,9 @@ def train_command(
         list[str] | None, typer.Option("--set", help="A value in place of the file's: fit.epochs=3. Repeatable.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="In place of fit.seed.")] = None,
-    chips: Annotated[Path | None, typer.Option(help="A chip store to share between trainings.")] = None,
+    chips: Annotated[
+        Path | None, typer.Option(help="A chip store to share between trainings, made if it is not there.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier training.")] = False,
     preview_only: Annotated[
@@ -235,13 +237,11 @@ def train_command(
         raise InputError("name a configuration; s2seg train --template > train.yaml writes one to begin with")
     overrides = [*(settings or []), *([f"fit.seed={seed}"] if seed is not None else [])]
     loaded = load_config(config, overrides)
-    from s2seg.training.run import CHIPS, preview, train
+    from s2seg.training.run import preview, train
 
     with _progress() as report:
         if preview_only:
-            path = preview(
-                loaded, output / "preview.png", chips=chips or output / CHIPS, overwrite=overwrite, on_progress=report
-            )
+            path = preview(loaded, output / "preview.png", chips=chips, overwrite=overwrite, on_progress=report)
         else:
             try:
                 result = train(loaded, output, chips=chips, resume=resume, overwrite=overwrite, on_progress=report)
@@ -275,7 +275,7 @@ def tune_command(
     _needs("pydantic", "sklearn", "pytorch_lightning")
     from s2seg.training.config import load_config
     from s2seg.training.fit import Progress as FitProgress
-    from s2seg.training.run import prepare
+    from s2seg.training.run import chips_path, prepare
     from s2seg.training.tune import tune
 
     loaded = load_config(config, settings or [])
@@ -288,7 +288,7 @@ def tune_command(
 
         result = tune(
             loaded,
-            lambda wanted: prepare(wanted, output / f"chips-{wanted.chips.size}.zarr", on_progress=report)[1],
+            lambda wanted: prepare(wanted, chips_path(output, wanted), on_progress=report)[1],
             output,
             trials=trials,
             timeout=None if minutes is None else 60 * minutes,
@@ -312,7 +312,9 @@ def evaluate_command(
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Fit and score a per-pixel random forest on the same split.")
     ] = False,
-    chips: Annotated[Path | None, typer.Option(help="The chip store [default: the model's own].")] = None,
+    chips: Annotated[
+        Path | None, typer.Option(help="The chip store [default: the model's own; other settings get one of theirs].")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for scores and pictures [default: the model's].")] = None,
 ) -> None:
     """Score a model on a part of the split: one confusion matrix over all of its labelled pixels.
@@ -348,8 +350,9 @@ def export_command(
     from s2seg.models.export import export_model
 
     bundle = load_model(model)
-    store = chips or bundle.folder / "chips.zarr"
-    images = _some_chips(store) if store.exists() else None
+    own = bundle.folder / "chips.zarr"
+    store = chips or (own if own.exists() else None)
+    images = None if store is None else _some_chips(store)
     made = export_model(bundle, cast(Any, kind), output, chips=images, overwrite=overwrite)
     out.print(
         f"{made.path}  agrees with torch on {100 * made.agreement:.3f} % of pixels, probabilities within "

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from s2seg.errors import InputError
+from s2seg.yamlfile import read_yaml
 
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 
@@ -36,10 +36,13 @@ class LandClass:
     color: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):  # YAML takes no for False and 2021 for a number
+            raise InputError(f"class {self.code!r}: its name {self.name!r} is not text; write it in quotes")
         if not isinstance(self.code, int) or isinstance(self.code, bool) or not 0 <= self.code <= 255:
             raise InputError(f"class {self.name!r}: code {self.code!r} is not a whole number from 0 to 255")
-        if not _COLOR.fullmatch(self.color):
-            raise InputError(f"class {self.name!r}: color {self.color!r} is not of the form #rrggbb")
+        if not isinstance(self.color, str) or not _COLOR.fullmatch(self.color):
+            # without quotes, YAML takes what follows # for a comment
+            raise InputError(f"class {self.name!r}: color {self.color!r} is not of the form '#rrggbb', in quotes")
 
     @property
     def rgb(self) -> tuple[int, int, int]:
@@ -149,9 +152,7 @@ class Legend:
         if not isinstance(values, Mapping) or not isinstance(values.get("classes"), Iterable):
             raise InputError(f"{where}: a legend needs a list `classes` of code, name and color")
         try:
-            classes = tuple(
-                LandClass(code=c["code"], name=str(c["name"]), color=str(c["color"])) for c in values["classes"]
-            )
+            classes = tuple(LandClass(code=c["code"], name=c["name"], color=c["color"]) for c in values["classes"])
         except (KeyError, TypeError) as error:
             raise InputError(f"{where}: each class needs code, name and color ({error})") from error
         return cls(
@@ -176,11 +177,9 @@ class Legend:
         if not path.is_file():
             raise InputError(f"unknown legend {str(name_or_path)!r}: give a YAML file or one of {', '.join(BUILTIN)}")
         try:
-            values = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise InputError(f"legend {path} cannot be read: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"legend {path} is not YAML: {' '.join(str(error).split())}") from error
+            values = read_yaml(path)
+        except InputError as error:
+            raise InputError(f"legend {path} {error}") from error
         if isinstance(values, Mapping):
             values = {"name": path.stem, **values}
         return cls.from_dict(values, where=str(path))

@@ -11,7 +11,7 @@ import pytest
 import s2seg
 
 LAYERS = [
-    *("allocator", "client", "errors", "legend", "windows", "sources", "models", "outputs", "inference"),
+    *("allocator", "client", "errors", "yamlfile", "legend", "windows", "sources", "models", "outputs", "inference"),
     *("postprocess", "assess", "training", "pipeline", "jobs", "cli", "__main__", "testing"),
 ]
 KNOW_TORCH = {"models", "inference", "training"}

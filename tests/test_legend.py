@@ -62,7 +62,7 @@ def test_built_in_legends_have_the_published_codes(name, codes, nodata):
         (lambda: LandClass(-1, "x", "#000000"), "class 'x': code -1"),
         (lambda: LandClass(True, "x", "#000000"), "class 'x': code True"),
         (lambda: LandClass(1.0, "x", "#000000"), r"class 'x': code 1\.0"),
-        (lambda: LandClass(1, "x", "red"), "color 'red' is not of the form #rrggbb"),
+        (lambda: LandClass(1, "x", "red"), "color 'red' is not of the form '#rrggbb'"),
         (lambda: LandClass(1, "x", "#00000g"), "color '#00000g'"),
         (lambda: Legend("l", ()), "legend 'l' has no classes"),
         (lambda: Legend("l", TWO, nodata=10), "nodata 10 is also the class 'water'"),
@@ -89,6 +89,9 @@ def test_what_makes_no_sense_is_named(make, message):
         (b"\xff\xfe\xfa", "is not YAML"),
         (b"", "a legend needs a list `classes`"),
         (b"classes:\n- {code: '1', name: a, color: '#000000'}", "class 'a': code '1'"),
+        (b"classes:\n- {code: 1, name: no, color: '#000000'}", "class 1: its name False is not text; .* in quotes"),
+        (b"classes:\n- {code: 1, name: a, color: 000000}", "class 'a': color 0 is not of the form .*, in quotes"),
+        (b"nodata: 0\nnodata: 255\n", r"l.yaml gives 'nodata' twice \(line 2\)"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):
@@ -99,5 +102,6 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_a_legend_without_a_name_is_called_after_its_file(tmp_path):
-    (tmp_path / "mine.yaml").write_text("classes:\n- {code: 1, name: a, color: '#000000'}\n")
-    assert Legend.load(tmp_path / "mine.yaml").name == "mine"
+    (tmp_path / "mine.yaml").write_text("classes:\n- {code: 1, name: jezioro głębokie, color: '#000000'}\n", "utf-8")
+    legend = Legend.load(tmp_path / "mine.yaml")
+    assert (legend.name, legend.names) == ("mine", ("jezioro głębokie",))

@@ -49,6 +49,7 @@ _CORRECT = 212  # grey
 _RIGHT, _WRONG = (0.07, 0.36, 0.62), (0.78, 0.24, 0.05)
 _SIDE = 1.9  # of a panel
 _CELL = 0.62
+_PRECISION = "precision, %"
 _CURVES = ("#1f77b4", "#d1495b", "#3a7d44", "#8a5a9e", "#b8860b", "#555555")
 
 
@@ -59,8 +60,8 @@ def write_confusion(path: str | Path, confusion: Confusion, title: str, *, overw
     """Draw a confusion matrix: of each true class, how much the map calls what.
 
     Every row adds up to 100 %, so the diagonal is the recall; pixels are written below the percentages. Precision
-    stands under the columns, IoU and the number of labelled pixels beside the rows. Classes that are neither in the
-    truth nor in the map are left out.
+    stands under the columns, IoU and the number of labelled pixels beside the rows, all shares in percent. Classes that
+    are neither in the truth nor in the map are left out.
 
     Parameters
     ----------
@@ -92,10 +93,10 @@ def write_confusion(path: str | Path, confusion: Confusion, title: str, *, overw
     shown = np.flatnonzero(confusion.matrix.sum(axis=0) + confusion.matrix.sum(axis=1))
     names = [textwrap.wrap(confusion.legend.names[i], 24) or [""] for i in shown]
     lengths = [max(text_width(line) for line in name) for name in names]
-    left = MARGIN + 0.3 + max(text_width("precision"), *lengths)
+    left = MARGIN + 0.3 + max(text_width(_PRECISION), *lengths)
     slanted = [0.3 + (length + 0.15 * len(name)) * math.sqrt(0.5) for length, name in zip(lengths, names, strict=True)]
     subtitle = (
-        f"Overall accuracy {scores.overall_accuracy:.3f}, mean IoU {scores.mean_iou:.3f}, kappa {scores.kappa:.3f}. "
+        f"Overall accuracy {scores.overall_accuracy:.1%}, mean IoU {scores.mean_iou:.1%}, kappa {scores.kappa:.3f}. "
         "Rows: the truth. Columns: the map. Percent of the row, and pixels."
     )
     reach = max((k + 0.5) * _CELL + length for k, length in enumerate(slanted))
@@ -145,12 +146,12 @@ def _matrix_margins(page: Page, scores: Scores, shown: npt.NDArray[np.intp], lef
     faint: dict[str, Any] = {"color": FAINT, "ha": "center", "va": "center"}
     for k, i in enumerate(shown):
         middle = (k + 0.5) * _CELL
-        page.text(right + _CELL / 2, top + middle, _score(scores.iou[i]), **faint)
+        page.text(right + _CELL / 2, top + middle, _percent(float(scores.iou[i])), **faint)
         page.text(right + _CELL * 1.5, top + middle, _short(int(scores.support[i])), **faint)
         page.text(left + middle, bottom + 0.2, _percent(float(scores.precision[i])), **faint)
-    for k, name in enumerate(("IoU", "pixels")):
+    for k, name in enumerate(("IoU, %", "pixels")):
         page.text(right + (k + 0.5) * _CELL, bottom + 0.2, name, **faint)
-    page.text(left - 0.28, bottom + 0.2, "precision", ha="right", va="center", color=FAINT)
+    page.text(left - 0.28, bottom + 0.2, _PRECISION, ha="right", va="center", color=FAINT)
 
 
 # -- learning curves --------------------------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ def write_curves(
     if not history:
         raise InputError("there is no epoch to draw: the history is empty")
     epochs = _column(history, "epoch")
+    reach = (epochs.min() - 0.5, epochs.max() + 0.5)  # also around a single one
     keys = sorted({key for row in history for key in row}, key=lambda key: (not key.startswith("train"), key))
     losses = [key for key in keys if key.endswith("loss")]
     scores = [key for key in keys if key.startswith("val_") and key not in losses]
@@ -202,6 +204,7 @@ def write_curves(
     for k, (label, chosen) in enumerate((("Loss", losses), ("Validation scores", scores))):
         axes = _axes(page, 0.7 + k * 4.75, head.height + 0.3, 4.1, 2.8)
         axes.set_title(label, loc="left", size=9.5, color=INK)
+        axes.set_xlim(*reach)
         for color, key in zip(_cycle(len(chosen)), chosen, strict=True):
             axes.plot(epochs, _column(history, key), color=color, lw=1.6, marker="o", ms=2.6, label=_curve_name(key))
         if at is not None:
@@ -221,7 +224,7 @@ def _axes(page: Page, x: float, y: float, width: float, height: float) -> Axes:
     axes.grid(axis="y", color="#e5e5e5", lw=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("epoch", size=8.5, color=FAINT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     return axes
 
 
@@ -306,7 +309,7 @@ def write_comparison(
     path = check_writable(path, overwrite=overwrite)
     _check_rows(rows)
     models = list(rows[0].predictions)
-    errors = ["Errors"] if len(models) == 1 else [f"Errors of {name}" for name in models]
+    errors = ["Errors, in the map's colour"] if len(models) == 1 else [f"Errors of {m}, in its colour" for m in models]
     columns = ["Image", "Labels", *models, *errors]
     sizes = [fit(row.truth.shape[1] / row.truth.shape[0], _SIDE, _SIDE) for row in rows]
     cell = max(width for width, _ in sizes) + _GAP
@@ -397,10 +400,6 @@ def _percent(share: float) -> str:
     if math.isnan(share):
         return "–"
     return "0" if share == 0 else "< 0.1" if share < 0.0005 else f"{100 * share:.1f}"
-
-
-def _score(value: Any) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _short(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,18 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     Raises
     ------
     InputError
-        When it is damaged, or holds more than tensors and plain values.
+        When it is damaged, is no checkpoint, or holds more than tensors and plain values.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        # what is no archive would be tried as a bare pickle, which fails in as many ways as there are bytes
+        whole = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location=map_location, weights_only=True) if whole else None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(
             f"checkpoint {path} cannot be read ({type(error).__name__}): train anew, with --overwrite"
         ) from error
+    if not (isinstance(content, dict) and "state_dict" in content):
+        raise InputError(f"{path} is damaged, or no checkpoint of s2seg: train anew, with --overwrite")
     return content
 
 

@@ -175,6 +175,14 @@ class ChipStore:
         return np.atleast_1d(self._order[cast(Any, indices)])
 
 
+def holds_chips(path: str | Path, fingerprint: str) -> bool:
+    """Whether a chip store that can be read stands at ``path``, made from the configuration with this fingerprint."""
+    try:
+        return ChipStore(path).fingerprint == fingerprint
+    except InputError:
+        return False
+
+
 def open_chips(path: str | Path, fingerprint: str | None = None) -> ChipStore:
     """Open a chip store.
 
@@ -193,8 +201,7 @@ def open_chips(path: str | Path, fingerprint: str | None = None) -> ChipStore:
     store = ChipStore(path)
     if fingerprint is not None and store.fingerprint != fingerprint:
         raise InputError(
-            f"the chips in {path} were made from another configuration; pass --overwrite to make them anew, "
-            "or another --chips"
+            f"the chips in {path} were made from another configuration; pass --overwrite to make them anew"
         )
     return store
 
@@ -565,8 +572,10 @@ def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
         about = dict(group.attrs)
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a chip store") from error
-    if about.get("s2seg_chips") != _FORMAT:
-        raise InputError(f"{path} is not a chip store, or of another version; make it anew with --overwrite")
+    if "s2seg_chips" not in about:
+        raise InputError(f"{path} is not a chip store")
+    if about["s2seg_chips"] != _FORMAT:
+        raise InputError(f"the chips in {path} are of another version of s2seg; delete them, and cut them anew")
     return group, about
 
 

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from s2seg.errors import InputError
@@ -36,6 +45,7 @@ from s2seg.training.sections import (
     VectorLabelsConfig,
     check_season,
 )
+from s2seg.yamlfile import parse_yaml, read_yaml
 
 __all__ = [
     "AreaConfig",
@@ -62,6 +72,8 @@ _DATA = (
 
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 _SEASON_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_BATCH_BYTES = 4 * 2**30
+"""Of a batch's pixels, at most: what the network makes of them takes tens of times as much."""
 
 
 class ConfigError(InputError):
@@ -102,7 +114,7 @@ class TrainConfig(Section):
         examples=[["blue", "green", "red", "nir", "swir16", "swir22"]],
     )
     resolution: PositiveFloat = Field(default=10.0, description="metres per pixel")
-    crs: str | None = Field(
+    crs: Annotated[str | None, BeforeValidator(lambda v: str(v) if isinstance(v, int) else v)] = Field(
         default=None, description="projected CRS; by default the UTM zone that holds most of an area"
     )
     composite: CompositeField = Field(
@@ -238,6 +250,12 @@ class TrainConfig(Section):
             yield f"chips.size: {self.chips.size} is not a multiple of the network's stride {stride}"
         if self.network.depth is not None and self.network.depth % stride:
             yield f"network.depth: {self.network.depth} is not a multiple of the network's stride {stride}"
+        batch = self.fit.batch_size * len(self.channels) * self.chips.size**2 * 4
+        if batch > _BATCH_BYTES:
+            yield (
+                f"fit.batch_size: the pixels of {self.fit.batch_size} chips alone take {batch / 2**30:.0f} GiB; use "
+                "fewer, with fit.accumulate if the weights should move after many"
+            )
         if len(self.legend) < 2:
             yield "legend: one class only; a segmentation model needs at least two"
         for name in self.chips.drop_only:
@@ -272,20 +290,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         return TrainConfig.model_validate(_expand(values, str(path)), context={"folder": file.absolute().parent})
     except ValidationError as error:
-        raise ConfigError(str(path), [_explain(details) for details in error.errors(include_url=False)]) from error
+        raise ConfigError(str(path), _problems(error)) from error
+    except RecursionError:
+        raise ConfigError(str(path), ["is nested too deeply, or in itself"]) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(str(file), [f"cannot be read: {error.strerror or error}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(file), [f"not YAML: {' '.join(str(error).split())}"]) from error
+        values = read_yaml(file)
+    except InputError as error:
+        raise ConfigError(str(file), [str(error)]) from error
     if values is None:
         raise ConfigError(str(file), ["is empty; `s2seg train --template` prints one to start from"])
     if not isinstance(values, dict):
-        raise ConfigError(str(file), [f"holds a {type(values).__name__}, not keys with values such as `bands: [red]`"])
+        what = "a list" if isinstance(values, list) else _shown(values)
+        raise ConfigError(str(file), [f"holds {what}, not keys with values such as `bands: [red]`"])
     return values
 
 
@@ -296,9 +315,9 @@ def _apply(override: str, values: dict[str, Any], path: str) -> None:
     if not equals or not all([*parents, last]):
         raise ConfigError(path, [f"cannot set {override!r}: write key=value, such as fit.epochs=3"])
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(path, [f"cannot set {override!r}: the value is not YAML"]) from error
+        value = parse_yaml(text)
+    except InputError as error:
+        raise ConfigError(path, [f"cannot set {override!r}: the value {error}"]) from error
     inner: Any = values
     for step in parents:
         inner = _enter(inner, step, override, path)
@@ -346,12 +365,53 @@ def _expand(value: Any, path: str, where: str = "") -> Any:
     return _VARIABLE.sub(replace, value)
 
 
+_FORMS = {
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "mapping_type"), "keys with values"),
+    **dict.fromkeys(("string_type", "invalid_key"), "text"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "is_instance_of": "a name, a file or keys with values",  # the legend
+}
+"""Pydantic's kinds of complaint about a value's type -> what the value should be, in the words of YAML."""
+
+_LABELS: dict[str, type[BaseModel]] = {"<raster>": RasterLabelsConfig, "<vector>": VectorLabelsConfig}
+_BRANCH = re.compile(r"(tuple|dict)\[.*|int|str")
+"""How pydantic calls the forms that a value may take, where there are several."""
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Word all of pydantic's complaints, each once."""
+    found = error.errors(include_url=False)
+    # a list is short where its entries are wrong: those say why
+    inner = {details["loc"][:-1] for details in found}
+    told = [details for details in found if not (details["type"] == "too_short" and details["loc"] in inner)]
+    return list(dict.fromkeys(_explain(details) for details in told))
+
+
 def _explain(details: ErrorDetails) -> str:
     """Word one of pydantic's complaints as ``key: what is wrong and how to mend it``."""
-    location = details["loc"]
-    where = ".".join(str(step) for step in location if not str(step).startswith("<"))
-    text = _wording(details, location)
+    location = tuple(step for step in details["loc"] if str(step) not in (*_LABELS, "[key]"))
+    forms = [i for i, step in enumerate(location) if _BRANCH.fullmatch(str(step))]
+    if forms:  # it takes none of the forms that its help lists; what is wrong with each would tell less
+        location = location[: forms[0]]
+        text = f"makes no sense; the template says: {_help(location)}"
+    else:
+        text = _wording(details, details["loc"])
+    where = ".".join(map(str, location))
     return f"{where}: {text}" if where else text
+
+
+def _help(location: tuple[int | str, ...]) -> str:
+    """What the schema says of the innermost key at a location."""
+    names = [i for i, step in enumerate(location) if isinstance(step, str)]
+    while names:
+        last = names.pop()
+        for model in _models_at(location[:last]):
+            if field := model.model_fields.get(str(location[last])):
+                return str(field.description)
+    return "something else"
 
 
 def _wording(details: ErrorDetails, location: tuple[int | str, ...]) -> str:
@@ -360,36 +420,53 @@ def _wording(details: ErrorDetails, location: tuple[int | str, ...]) -> str:
         return f"unknown key, {_suggest_key(str(location[-1]), location[:-1])}"
     if kind == "literal_error":
         known = re.findall("'([^']*)'", details["ctx"]["expected"])
-        return f"unknown {given!r}: {_suggest(str(given), known)}"
+        return f"unknown {_shown(given)}: {_suggest(str(given), known)}"
     if kind == "missing":
         return "is missing"
     if kind in ("value_error", "labels"):
         return str(details.get("ctx", {}).get("error", details["msg"]))
-    text = details["msg"].replace("Input should", "should")
-    return text if isinstance(given, Mapping | list) else f"{text}, not {given!r}"
+    if kind in ("too_short", "string_too_short"):
+        return "is empty"
+    if kind == "too_long":
+        return f"should have {details['ctx']['max_length']} entries, not {len(given)}"
+    form = _FORMS.get(kind)
+    text = f"should be {form}" if form else details["msg"].replace("Input should", "should")
+    return text if isinstance(given, Mapping | list | tuple) else f"{text}, not {_shown(given)}"
 
 
-def _keys_at(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """Keys that the section at a location may have."""
-    model: type[BaseModel] = TrainConfig
-    for step in location:
-        if isinstance(step, str) and step in model.model_fields:
-            field = model.model_fields[step]
-            # a CompositeSpec is no model itself: it is validated as one
-            inner = [CompositeSection] if step == "composite" else list(_sections(field.annotation))
-            model = inner[0] if inner else model
-        elif step == "<vector>":
-            model = VectorLabelsConfig
-    return tuple(model.model_fields)
+def _shown(value: Any) -> str:
+    """A plain value as YAML writes it."""
+    return repr(value) if isinstance(value, str) else str(yaml.safe_dump(value)).partition("\n")[0]
+
+
+def _models_at(location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """Sections that may stand at a location: labels are of a raster or of features."""
+    models: list[type[BaseModel]] = [TrainConfig]
+    for step in map(str, location):
+        fields = [model.model_fields[step] for model in models if step in model.model_fields]
+        if step in _LABELS:
+            models = [_LABELS[step]]
+        elif step == "composite":  # no model itself: it is validated as one
+            models = [CompositeSection]
+        elif fields:
+            models = list(_sections(fields[0].annotation)) or models
+    return models
 
 
 def _suggest_key(name: str, location: tuple[int | str, ...]) -> str:
     """Name the key that was meant: the same one in the section where it belongs, or one like it here."""
     if not location:
-        for section, field in TrainConfig.model_fields.items():
-            if any(name in model.model_fields for model in _sections(field.annotation)):
-                return f"did you mean {section}.{name}?"
-    return _suggest(name, _keys_at(location))
+        below = [
+            (section, key)
+            for section, field in TrainConfig.model_fields.items()
+            for model in _sections(field.annotation)
+            for key in model.model_fields
+        ]
+        same = [pair for pair in below if pair[1] == name]
+        longer = [] if _longer(name, list(TrainConfig.model_fields)) else [p for p in below if _longer(name, p[1:])]
+        if same or longer:
+            return f"did you mean {'.'.join([*same, *longer][0])}?"
+    return _suggest(name, tuple(_models_at(location)[0].model_fields))
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -401,5 +478,10 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = _longer(name, known) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"choose {', '.join(known)}"
+
+
+def _longer(name: str, known: Sequence[str]) -> list[str]:
+    """Words of which only the beginning was written."""
+    return [word for word in known if len(name) > 2 and word.startswith(name)]

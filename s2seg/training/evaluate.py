@@ -76,6 +76,36 @@ def baseline(chips: ChipStore, seed: int = 0) -> Forest:
     return fit_forest(chips.images(train), chips.labels(train), chips.legend, seed=seed)
 
 
+def check_evaluation(model: ModelBundle, part: str, legend: Legend, bands: Sequence[str]) -> None:
+    """Refuse to score a model on a part that does not exist, or on labels and scenes that are not for it.
+
+    Parameters
+    ----------
+    model
+        What is scored.
+    part
+        ``test``, ``validation`` or ``train``.
+    legend
+        Of the labels.
+    bands
+        Of the scenes.
+
+    Raises
+    ------
+    InputError
+        Which of them does not fit, and how to mend it.
+    """
+    if part not in PARTS:
+        raise InputError(f"there is no part {part!r}: choose {', '.join(PARTS)}")
+    if model.spec.legend != legend:
+        raise InputError(
+            f"the model's legend {model.spec.legend.name!r} is not that of the labels, {legend.name!r}: "
+            "give the labels the model's legend, with remap where their codes differ"
+        )
+    if missing := [band for band in model.spec.bands if band not in bands]:
+        raise InputError(f"the model needs {', '.join(missing)}, and the configuration has {', '.join(bands)}")
+
+
 def evaluate(
     model: ModelBundle,
     chips: ChipStore,
@@ -107,12 +137,7 @@ def evaluate(
     InputError
         If the part has no chips, or the model has another legend or other bands.
     """
-    if part not in PARTS:
-        raise InputError(f"there is no part {part!r}: choose {', '.join(PARTS)}")
-    if model.spec.legend != chips.legend:
-        raise InputError(
-            f"the model's legend {model.spec.legend.name!r} is not that of the labels, {chips.legend.name!r}"
-        )
+    check_evaluation(model, part, chips.legend, chips.bands)
     if not len(chips.indices(part)):
         raise InputError(f"the split has no chips for {part}: give it a share in split.fractions")
     report = on_progress or silent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from s2seg.training.augment import IGNORE_INDEX, Augment
 
 _CELL, _GAP, _LINE = 1.5, 0.06, 0.2  # inches
 _UNLABELLED = 0.35  # how much of its brightness a pixel without a label keeps
+_TRIES = 8  # for a version that a chip does not have yet
 
 
 def write_preview(
@@ -33,8 +34,9 @@ def write_preview(
 ) -> Path:
     """Draw a row for each chip: as it is, its labels, and augmented versions of it outlined in the labels' colours.
 
-    All pictures share one stretch, so that brightness and haze can be compared. Augmented versions are darkened where
-    they have no label, and white where they have no data.
+    No version of a chip is shown twice, as far as there are others. All pictures share one stretch, so that brightness
+    and haze can be compared. Augmented versions are darkened where they have no label, and white where they have no
+    data.
 
     Parameters
     ----------
@@ -78,12 +80,28 @@ def write_preview(
     pictures = [_picture(images[:, shown], low, high), colored(codes, legend)]
     generator = torch.Generator().manual_seed(seed)
     batch = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(channel_of[labels].astype(np.int64))
-    for _ in range(columns - 2):
-        changed, moved = (values.numpy() for values in augment(*batch, generator))
+    for changed, moved in _versions(augment, batch, columns - 2, generator):
         picture, valid = _picture(changed[:, shown], low, high), (changed != 0).all(1)
         pictures.append(_outlined(picture, code_of[moved], valid, legend))
     title = (f"Augmented: {augment.spec}", f"shown: {', '.join(augment.bands[i] for i in shown)}; seed {seed}")
     return _draw(path, pictures, title, [Swatch(c.name, c.color) for c in legend if (codes == c.code).any()])
+
+
+def _versions(
+    augment: Augment, batch: tuple[torch.Tensor, torch.Tensor], count: int, generator: torch.Generator
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+    """Images and labels as often as asked; where a chip would look as before it is drawn again a few times."""
+    seen = [batch[0].numpy()]
+    for _ in range(count):
+        changed, moved = (values.numpy().copy() for values in augment(*batch, generator))
+        for _ in range(_TRIES):
+            same = np.any([(changed == before).all((1, 2, 3)) for before in seen], axis=0)
+            if not same.any():
+                break
+            for values, others in zip((changed, moved), augment(*batch, generator), strict=True):
+                values[same] = others.numpy()[same]
+        seen.append(changed)
+        yield changed, moved
 
 
 def _shown(bands: Sequence[str]) -> list[int]:

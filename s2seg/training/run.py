@@ -16,15 +16,23 @@ from s2seg.models.bundle import SPEC_FILE, ModelBundle, load_model, save_bundle
 from s2seg.outputs._files import check_writable, replacing, writing
 from s2seg.training.checkpoints import FOLDER as CHECKPOINTS
 from s2seg.training.checkpoints import LAST
-from s2seg.training.chips import ChipStore, open_chips, write_chips
+from s2seg.training.chips import ChipStore, holds_chips, open_chips, write_chips
 from s2seg.training.config import TilesConfig, TrainConfig, load_config
 from s2seg.training.cutting import Place
-from s2seg.training.evaluate import Evaluation, Progress, baseline, evaluate, silent, write_evaluation
+from s2seg.training.evaluate import (
+    Evaluation,
+    Progress,
+    baseline,
+    check_evaluation,
+    evaluate,
+    silent,
+    write_evaluation,
+)
 from s2seg.training.fit import FitResult, check_fit, fit
 from s2seg.training.fit import Progress as FitProgress
 from s2seg.training.regions import chip_spec, open_regions, split_spec, warn_of_empty_classes
 from s2seg.training.split_map import draw_split, draw_tiles
-from s2seg.training.splits import PARTS, check_split
+from s2seg.training.splits import check_split
 from s2seg.training.tiles import Tile, TileSpec, read_tiles
 
 CONFIG_FILE = "config.yaml"
@@ -88,6 +96,22 @@ def prepare(
     return places, chips
 
 
+def chips_path(folder: str | Path, config: TrainConfig) -> Path:
+    """Where in a folder the chips of a configuration go, if those of others may be there too."""
+    return Path(folder) / f"chips-{config.fingerprint('data')[:8]}.zarr"
+
+
+def _check_chips(path: str | Path, config: TrainConfig) -> Path:
+    """Refuse a store that was named and is of another configuration: others may share it, so it is not replaced."""
+    path = Path(path)
+    if path.exists() and ChipStore(path).fingerprint != config.fingerprint("data"):
+        raise InputError(
+            f"the chips in {path} were made from another configuration: leave out --chips, and new ones are cut into "
+            "the output folder"
+        )
+    return path
+
+
 def _tiles(config: TrainConfig, tiles: TilesConfig) -> list[Tile]:
     spec = TileSpec(Path(tiles.images), Path(tiles.labels), colors=tiles.colors, remap=tiles.remap)
     return read_tiles(spec, config.legend, config.bands, fractions=config.split.fractions, seed=config.split.seed)
@@ -97,7 +121,7 @@ def preview(
     config: TrainConfig,
     path: str | Path,
     *,
-    chips: str | Path,
+    chips: str | Path | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:
@@ -110,9 +134,9 @@ def preview(
     path
         Where the PNG goes.
     chips
-        The chip store; made if it is not there.
+        A chip store to share between trainings, made if it is not there; by default one beside ``path``.
     overwrite
-        Replace what stands at ``path``.
+        Replace what stands at ``path``, and chips beside it that are of another configuration.
     on_progress
         Called with (stage, done, total).
 
@@ -124,7 +148,13 @@ def preview(
     from s2seg.training.augment import Augment, AugmentSpec
     from s2seg.training.preview import write_preview
 
-    _, store = prepare(config, chips, on_progress=on_progress)
+    path = check_writable(path, overwrite=overwrite)
+    if chips is not None:
+        _, store = prepare(config, _check_chips(chips, config), on_progress=on_progress)
+    else:
+        own = path.with_name(CHIPS)
+        outdated = overwrite and not holds_chips(own, config.fingerprint("data"))
+        _, store = prepare(config, own, overwrite=outdated, on_progress=on_progress)
     train = store.indices("train")
     shown = np.sort(np.random.default_rng(config.fit.seed).permutation(train)[:6])
     augment = Augment(
@@ -157,11 +187,11 @@ def train(
     output
         The folder; ``s2seg map --model`` takes it as it is.
     chips
-        A chip store to share between trainings; by default one in ``output``.
+        A chip store to share between trainings, made if it is not there; by default one in ``output``.
     resume
         Go on with an interrupted training.
     overwrite
-        Replace what is in ``output``.
+        Replace what is in ``output``, the chips there included.
     on_progress
         Called with (stage, done, total).
 
@@ -173,8 +203,9 @@ def train(
     folder, report = Path(output), on_progress or silent
     _check_folder(folder, config, resume, overwrite)
     check_fit(config)
-    places, store = prepare(config, chips or folder / CHIPS, overwrite=overwrite and not resume and chips is None,
-                             on_progress=on_progress)  # fmt: skip
+    path = folder / CHIPS if chips is None else _check_chips(chips, config)
+    anew = overwrite and not resume and chips is None
+    places, store = prepare(config, path, overwrite=anew, on_progress=on_progress)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / CONFIG_FILE) as partial:
@@ -265,7 +296,7 @@ def evaluate_model(
     overrides
         For ``config``; see :func:`~s2seg.training.config.load_config`.
     chips
-        Its chip store; by default the one in the model's folder, or one in ``output`` for another configuration.
+        Its chip store; by default the model's own, or for other data one in ``output`` that is named by them.
     part
         Which part of the split.
     with_baseline
@@ -283,11 +314,22 @@ def evaluate_model(
     own = bundle.folder / CONFIG_FILE
     if config is None and not own.is_file():
         raise InputError(f"{bundle.folder} holds no {CONFIG_FILE}: pass --config with areas and labels to score it on")
-    if part not in PARTS:
-        raise InputError(f"there is no part {part!r}: choose {', '.join(PARTS)}")
     settings = load_config(config or own, overrides)
-    store_path = chips or (bundle.folder if config is None else folder) / CHIPS
-    places, store = prepare(settings, store_path, on_progress=on_progress)
+    check_evaluation(bundle, part, settings.legend, settings.channels)
+    check_writable(folder / f"scores_{part}.json", overwrite=True)
+    places, store = prepare(settings, _chips_to_score(chips, bundle.folder, folder, settings), on_progress=on_progress)
     forest = baseline(store, settings.fit.seed) if with_baseline else None
     result = evaluate(bundle, store, places, part=part, forest=forest, on_progress=on_progress)
     return result, write_evaluation(result, folder, bundle.spec.name)
+
+
+def _chips_to_score(named: str | Path | None, model: Path, output: Path, config: TrainConfig) -> Path:
+    """The store that was named, the one of the model if its chips are of this configuration, or one in the output."""
+    if named is not None:
+        if not Path(named).exists():
+            raise InputError(
+                f"there are no chips in {named}: leave out --chips to use the model's own, or to cut new ones"
+            )
+        return _check_chips(named, config)
+    own = model / CHIPS
+    return own if holds_chips(own, config.fingerprint("data")) else chips_path(output, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -36,12 +37,21 @@ from s2seg.sources.composite import DEFAULT_MASK, CompositeSpec, Method
 
 Part = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what all generators of random numbers take
+Side = Annotated[int, Field(gt=0, le=4096)]  # a window is held in memory whole, several at a time
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, and a key that does not exist is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"cannot be {str(value).lower()}")
+        return value
 
 
 def resolve(href: str, info: ValidationInfo) -> str:
@@ -170,7 +180,8 @@ LabelsField = Annotated[
 
 def _texts(value: Any) -> Any:
     """Let YAML's numbers and dates be what they were written as: one query, or several."""
-    return tuple(str(v) for v in (value if isinstance(value, list | tuple) else [value]))
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(str(v) if isinstance(v, int | float | datetime.date) else v for v in values)
 
 
 class AreaConfig(Section):
@@ -220,8 +231,8 @@ class SplitConfig(Section):
     fractions: tuple[Share, Share, Share] = Field(
         default=(0.7, 0.15, 0.15), description="train, validation and test, of the labelled pixels"
     )
-    buffer: NonNegativeInt = Field(default=0, description="pixels left out on each side of a border between parts")
-    seed: NonNegativeInt = Field(default=0, description="decides which block goes where")
+    buffer: int = Field(default=0, ge=0, le=2048, description="pixels left out on each side of a border between parts")
+    seed: Seed = Field(default=0, description="decides which block goes where")
     geometries: dict[Part, Href] | None = Field(
         default=None, description="for geometries: vector file of validation and of test; the rest is train"
     )
@@ -245,11 +256,11 @@ class SplitConfig(Section):
 class ChipsConfig(Section):
     """How training samples are cut."""
 
-    size: PositiveInt = Field(default=128, description="pixels on a side, a multiple of the network's stride")
+    size: Side = Field(default=128, description="pixels on a side, a multiple of the network's stride")
     stride: PositiveInt = Field(
         default=64, description="pixels from one chip to the next; less than size overlaps them"
     )
-    sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: () if v is None else v)] = Field(
+    sizes: Annotated[tuple[Side, ...], BeforeValidator(lambda v: () if v is None else v)] = Field(
         default=(), description="further windows in pixels, resampled to size: several scales"
     )
     min_labelled: Share = Field(default=0.1, description="least share of labelled pixels")
@@ -333,7 +344,7 @@ class FitConfig(Section):
         default="balanced", description="balanced draws each class equally often, uniform takes each chip once"
     )
     patience: PositiveInt | None = Field(default=None, description="stop after this many epochs without a better score")
-    seed: NonNegativeInt = Field(default=0, description="the same seed gives the same weights on a CPU")
+    seed: Seed = Field(default=0, description="the same seed gives the same weights on a CPU")
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = Field(default="auto", description="where it runs")
     devices: PositiveInt = Field(default=1, description="how many of them; several run as DDP")
 

@@ -1,4 +1,7 @@
-"""A picture of a split: where a model learns, where it is tuned, and where it is judged."""
+"""A picture of a split: where a model learns, where it is tuned, and where it is judged.
+
+Hue says the class, hatching the part: a tint would look like one class or another.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,24 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patches import Rectangle
 
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable
-from s2seg.outputs._page import BLANK, EDGE, FAINT, MARGIN, Image, Key, Page, Swatch, colored, fit
+from s2seg.outputs._page import BLANK, EDGE, FAINT, MARGIN, Image, Key, Page, Swatch, colored, fit, text_width
 from s2seg.outputs.quicklook import thumbnail
 from s2seg.training.chips import ChipStore
 from s2seg.training.cutting import Place
 from s2seg.training.splits import PARTS
 
-_COLORS = ("#3b3b3b", "#1f6fd6", "#e0301e")  # outlines of train, validation, test
-_TINTS = (0.0, 0.45, 0.45)
+_INK = "#262626"
+_HATCHES = ("", "///", "xxx")  # over the classes of train, validation, test
 _DIMMED = 0.5  # how far the labels fade to white
 _SIDE = 1000  # pixels of a panel
 _PANELS, _COLUMNS = 12, 3
 _GAP, _NAMES = 0.25, 0.42  # inches between panels, and above each one
 _BAR, _BAR_ROW = 7.0, 0.62  # width of a bar of classes, and height of its row
+_PARTS_KEY = 0.28  # height of the parts' line below the panels
 _LEAST = 3.3  # inches that the text above a panel needs
 
 Codes = npt.NDArray[np.uint8]
@@ -42,7 +47,7 @@ class _Panel:
 
 
 def draw_split(regions: Sequence[Place], path: str | Path, legend: Legend, *, overwrite: bool = False) -> Path:
-    """Draw the labels of each area, dimmed, with the parts of the split tinted and outlined.
+    """Draw the labels of each area, dimmed, with the parts of the split outlined and all but train hatched.
 
     Parameters
     ----------
@@ -73,14 +78,16 @@ def draw_split(regions: Sequence[Place], path: str | Path, legend: Legend, *, ov
     cell = max(_LEAST, *(p.width for p in panels)) + _GAP
     heights = [_NAMES + max(p.height for p in row) + _GAP for row in rows]
     width = columns * cell - _GAP
-    key = Key(_key(panels, legend), width)
-    page = Page(width + 2 * MARGIN, MARGIN + sum(heights) + key.height + MARGIN)
+    classes = _classes(panels, legend)
+    key = Key(classes, width)
+    page = Page(width + 2 * MARGIN, MARGIN + sum(heights) + _PARTS_KEY + key.height + MARGIN)
     y = MARGIN
     for row, height in zip(rows, heights, strict=True):
         for k, panel in enumerate(row):
             _draw(page, MARGIN + k * cell, y, panel, legend)
         y += height
-    key.draw(page, MARGIN, y)
+    _draw_parts_key(page, MARGIN, y, [swatch.color for swatch in classes])
+    key.draw(page, MARGIN, y + _PARTS_KEY)
     return page.save(path)
 
 
@@ -131,29 +138,37 @@ def _panel(area: Place, side: float) -> _Panel:
     return _Panel(area.name, labels, split, *fit(labels.shape[1] / labels.shape[0], side, side))
 
 
-def _key(panels: Sequence[_Panel], legend: Legend) -> list[Swatch]:
-    """What the colours mean: parts, then the classes that occur."""
+def _classes(panels: Sequence[_Panel], legend: Legend) -> list[Swatch]:
+    """Colours of the classes that occur."""
     present = {int(code) for panel in panels for code in np.unique(panel.labels)}
-    return [
-        *(
-            Swatch(part, _faded(color, 1 - tint), color)
-            for part, color, tint in zip(PARTS, _COLORS, _TINTS, strict=True)
-        ),
-        Swatch("no part, no label", "white"),
-        *(Swatch(c.name, _faded(c.color, _DIMMED)) for c in legend if c.code in present),
-    ]
+    return [Swatch(c.name, _faded(c.color, _DIMMED)) for c in legend if c.code in present]
+
+
+def _draw_parts_key(page: Page, x: float, y: float, colors: Sequence[str]) -> None:
+    """Show each part as it looks on a few classes, and what is in none."""
+    some = np.array([[np.multiply(to_rgb(color), 255) for color in colors[:3] or ["white"]]]).round().astype(np.uint8)
+    for part, hatch in zip(PARTS, _HATCHES, strict=True):
+        axes = page.image(x, y + 0.05, 0.42, 0.17, some)
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, hatch=hatch, color=_INK))
+        page.text(x + 0.5, y + 0.135, part, va="center")
+        x += 0.8 + text_width(part)
+    page.box(x, y + 0.05, 0.42, 0.17, "white", EDGE)
+    page.text(x + 0.5, y + 0.135, "no label; paler: in no part", va="center")
 
 
 def _draw(page: Page, x: float, y: float, panel: _Panel, legend: Legend) -> None:
     page.text(x, y, panel.name)
     page.text(x, y + 0.18, _shares(panel, legend), size=7.5, color=FAINT)
     axes = page.image(x, y + _NAMES, panel.width, panel.height, _image(panel, legend))
-    for code, color in enumerate(_COLORS, 1):
+    for code, hatch in enumerate(_HATCHES, 1):
         # one pixel of nothing around, so that outlines close at the edge
         mask = np.pad(panel.split == code, 1).astype(np.uint8)
         if mask.any():
-            at = [np.arange(n) - 1 for n in mask.shape]
-            axes.contour(at[1], at[0], mask, levels=[0.5], colors=color, linewidths=0.6 if code == 1 else 1.4)
+            rows, cols = (np.arange(n) - 1 for n in mask.shape)
+            axes.contour(cols, rows, mask, levels=[0.5], colors=_INK, linewidths=0.6 if code == 1 else 1.4)
+        if mask.any() and hatch:
+            filled = axes.contourf(cols, rows, mask, levels=[0.5, 1.5], colors="none", hatches=[hatch])
+            filled.set(edgecolor=_INK, linewidth=0)
 
 
 def _shares(panel: _Panel, legend: Legend) -> str:
@@ -166,9 +181,6 @@ def _shares(panel: _Panel, legend: Legend) -> str:
 def _image(panel: _Panel, legend: Legend) -> Image:
     image = colored(panel.labels, legend) * (1 - _DIMMED) + BLANK * _DIMMED
     image[panel.split == 0] = image[panel.split == 0] * 0.25 + BLANK * 0.75
-    for code, (color, tint) in enumerate(zip(_COLORS, _TINTS, strict=True), 1):
-        here = panel.split == code
-        image[here] = image[here] * (1 - tint) + 255 * tint * np.array(to_rgb(color))
     return image.astype(np.uint8)
 
 

@@ -8,6 +8,7 @@ from s2seg.assess.confusion import Confusion
 from s2seg.assess.pictures import Comparison, write_comparison, write_confusion, write_curves
 from s2seg.errors import InputError, OutputError
 from s2seg.legend import LandClass, Legend
+from s2seg.outputs._page import Page
 from tests.pictures import pixels
 
 LEGEND = Legend(
@@ -86,7 +87,22 @@ def test_the_matrix_is_drawn_for_the_classes_that_occur(tmp_path):
     assert share(two, "#f0d020") == 0 < share(three, "#f0d020")
 
 
-def test_curves_have_gaps_and_mark_the_best_epoch(tmp_path):
+def test_units_and_colours_are_told(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Page, "text", lambda self, x, y, text, **_: told.append(text))
+    matrix = np.zeros((4, 4), int)
+    matrix[:2, :2] = [[75, 25], [0, 100]]
+    write_confusion(tmp_path / "c.png", Confusion(LEGEND, matrix), "Test blocks")
+    assert {"IoU, %", "precision, %", "75.0", "80.0"} <= set(told)  # precision of trees 100 of 125, as its IoU
+    assert "Overall accuracy 87.5%, mean IoU 77.5%, kappa 0.750." in " ".join(told)
+    one = row()
+    two = Comparison(one.image, one.truth, one.predictions | {"forest": one.truth})
+    for place, says in ((one, "Errors, in the map's colour"), (two, "Errors of forest, in its colour")):
+        write_comparison(tmp_path / "m.png", [place], LEGEND, "t", overwrite=True)
+        assert says in [text.replace("\n", " ") for text in told]
+
+
+def test_curves_have_gaps_and_mark_the_best_epoch(tmp_path, monkeypatch):
     history = [
         {"epoch": 1, "train_loss": 1.0, "val_loss": 1.1, "val_mean_iou": 0.2, "lr": 1e-3},
         {"epoch": 2, "train_loss": 0.8, "val_loss": None, "val_mean_iou": 0.5},
@@ -100,7 +116,9 @@ def test_curves_have_gaps_and_mark_the_best_epoch(tmp_path):
     assert share(drawn, "#1f77b4") > share(empty, "#1f77b4")
     marked = (drawn == 0x99).all(-1).sum(axis=0)  # the dashed line, in either half
     assert (marked[:1000].max() > 200, marked[1000:].max() > 200) == (True, True)
-    assert pixels(write_curves(tmp_path / "one.png", history[:1], "One epoch")).shape == drawn.shape
+    monkeypatch.setattr(Page, "save", lambda self, path: [(a.get_xlim(), a.get_xticks()) for a in self._figure.axes])
+    for limits, ticks in write_curves(tmp_path / "one.png", history[:1], "One epoch"):
+        assert limits == (0.5, 1.5) and all(tick == round(tick) for tick in ticks)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):

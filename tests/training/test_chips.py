@@ -271,9 +271,11 @@ def test_stores_of_another_configuration_are_refused(store_of, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="is not a chip store"):
         open_chips(tmp_path / "empty")
-    zarr.open_group(str(tmp_path / "other"), mode="w")
-    with pytest.raises(InputError, match="of another version"):
-        open_chips(tmp_path / "other")
+    other = zarr.open_group(str(tmp_path / "other"), mode="w")
+    for attributes, says in (({}, "is not a chip store"), ({"s2seg_chips": 1}, "of another version of s2seg; delete")):
+        other.attrs.update(attributes)
+        with pytest.raises(InputError, match=says):
+            open_chips(tmp_path / "other")
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(store_of, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The training configuration: what it accepts, how it words mistakes, what identifies it, and its template."""
 
 import pickle
+import re
 
 import pytest
 import yaml
@@ -53,7 +54,8 @@ def test_values_take_the_forms_that_people_write(load, tmp_path, monkeypatch):
     monkeypatch.setenv("S2SEG_TEST_DATA", "/data/s2")
     (tmp_path / "runs" / "own.yaml").write_text(yaml.safe_dump(BUILTIN["esri"].to_dict()))
     config = load(
-        "areas.0.datetime=[2020, 2021]",
+        "areas.0.datetime=[2020, 2021-08-13]",
+        "crs=32633",
         "areas.0.labels={vector: a.gpkg, column: class, remap: {7: water, forest: null}}",
         "areas.0.aoi=[1, 2, 3, 4.5]",
         "optimizer.learning_rate=1e-2",
@@ -65,7 +67,8 @@ def test_values_take_the_forms_that_people_write(load, tmp_path, monkeypatch):
         chips={"size": 136, "sizes": [256], "drop_only": ["water"]},
     )
     area = config.areas[0]
-    assert (area.datetime, area.catalog) == (("2020", "2021"), "/data/s2/north/catalog.json")
+    assert (area.datetime, area.catalog) == (("2020", "2021-08-13"), "/data/s2/north/catalog.json")
+    assert config.crs == "32633"
     assert (area.aoi, config.optimizer.learning_rate) == ((1, 2, 3, 4.5), 0.01)
     assert area.labels == VectorLabelsConfig(
         vector=str(tmp_path / "runs/a.gpkg"), column="class", remap={7: "water", "forest": None}
@@ -135,6 +138,9 @@ def test_fingerprints_change_with_what_they_stand_for(load):
     [
         ("fit.epoch=3", "fit.epoch: unknown key, did you mean epochs?"),
         ("epochs=3", "epochs: unknown key, did you mean fit.epochs?"),
+        ("fit.steps=3", "fit.steps: unknown key, did you mean steps_per_epoch?"),
+        ("steps=3", "steps: unknown key, did you mean fit.steps_per_epoch?"),
+        ("comp=3", "comp: unknown key, did you mean composite?"),
         ("zzz=3", "zzz: unknown key, choose name, legend"),
         ("areas.0.labels.rastr=2", "areas.0.labels.rastr: unknown key, did you mean raster?"),
         (
@@ -154,9 +160,28 @@ def test_fingerprints_change_with_what_they_stand_for(load):
         ("composite=medan", "composite.method: unknown 'medan': did you mean median?"),
         ("composite.mask=[fog]", "composite: unknown SCL class 'fog'"),
         ("fit.epochs=0", "fit.epochs: should be greater than 0, not 0"),
-        ("fit.epochs=many", "fit.epochs: should be a valid integer"),
+        ("fit.epochs=many", "fit.epochs: should be a whole number, not 'many'"),
+        ("fit.seed=99999999999999999999", "fit.seed: should be less than or equal to 4294967295"),
+        ("fit.batch_size=200000", "fit.batch_size: the pixels of 200000 chips alone take 49 GiB; use fewer"),
+        ("split.seed=true", "split.seed: cannot be true"),
+        ("resolution=true", "resolution: cannot be true"),
+        ("crs=no", "crs: cannot be false"),
+        ("bands=red", "bands: should be a list, not 'red'"),
+        ("bands=[]", "bands: is empty"),
+        ("bands=[1]", "bands.0: should be text, not 1"),
+        ("name=", "name: should be text, not null"),
+        ("fit=5", "fit: should be keys with values, not 5"),
+        ("legend=5", "legend: should be a name, a file or keys with values, not 5"),
+        ("legend={classes: [{code: 1, name: no, color: '#ffffff'}]}", "legend: class 1: its name False is not text"),
+        ("areas.0.datetime=null", "areas.0.datetime.0: should be text, not null"),
+        ("areas.0.datetime=[]", "areas.0.datetime: is empty"),
+        ("areas.0.aoi=[1, 2]", "areas.0.aoi: makes no sense; the template says: west, south, east, north in degrees"),
+        ("areas.0.labels.remap={1.5: 2}", "areas.0.labels.remap.1.5: makes no sense; the template says: value in"),
         ("augment.scale=[2, 1]", "augment.scale: least first"),
+        ("augment.scale=[1, 2, 3]", "augment.scale: should have 2 entries, not 3"),
         ("chips.size=100", "chips.size: 100 is not a multiple of the network's stride 32"),
+        ("chips.sizes=[100000]", "chips.sizes.0: should be less than or equal to 4096, not 100000"),
+        ("split.buffer=100000", "split.buffer: should be less than or equal to 2048, not 100000"),
         ("chips.stride=129", "chips: stride 129 is larger than size 128"),
         ("chips.drop_only=[watr]", "chips.drop_only: unknown 'watr'"),
         ("network.depth=40", "network.depth: 40 is not a multiple"),
@@ -174,6 +199,7 @@ def test_fingerprints_change_with_what_they_stand_for(load):
         ("fit", "cannot set 'fit': write key=value"),
         ("areas.1.name=x", "cannot set 'areas.1.name=x': '1' is none of the entries 0 to 0"),
         ("legend.x.y=1", "cannot set 'legend.x.y=1'"),
+        ("fit={epochs: 1, epochs: 2}", "cannot set 'fit={epochs: 1, epochs: 2}': the value gives 'epochs' twice"),
         ("fit.epochs=[", "cannot set 'fit.epochs=[': the value is not YAML"),
     ],
 )
@@ -182,7 +208,7 @@ def test_a_mistake_is_one_line_with_its_key(load, override, says):
         load(override)
     text = str(caught.value)
     assert text.partition("first.yaml: ")[2].startswith(says)
-    assert "\n" not in text
+    assert "\n" not in text and not re.search(r"tuple|dict|NoneType|valid (int|str|num|bool)|\[key\]", text)
     assert isinstance(caught.value, InputError)
     assert str(pickle.loads(pickle.dumps(caught.value))) == text
 
@@ -202,6 +228,8 @@ def test_all_mistakes_are_listed(load):
         ("", "is empty; `s2seg train --template`"),
         ("- bands", "holds a list, not keys"),
         ("a: [", "not YAML"),
+        ("resolution: 60\nbands: [red]\nresolution: 20", r"gives 'resolution' twice \(line 3\)"),
+        ("bands: &all [red, *all]", "is nested too deeply, or in itself"),
         (b"\xff\xfe\x00", "not YAML"),
         (None, "cannot be read: No such file"),
     ],

@@ -135,6 +135,14 @@ def test_resume_refuses_another_configuration(chips, whole):
         fit(toy_config(fit={"epochs": 4}), chips, whole[0], resume=True)
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04", b"\x80\x02}q\x00."])
+def test_a_damaged_checkpoint_is_one_line(chips, tmp_path, content):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match=r"last.ckpt is damaged, or no checkpoint.* --overwrite"):
+        fit(toy_config(), chips, tmp_path, resume=True)
+
+
 def test_resume_without_a_checkpoint_says_so(chips, tmp_path):
     config = toy_config(fit={"epochs": 1, "steps_per_epoch": 1})
     chance = torch.get_rng_state()

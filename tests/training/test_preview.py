@@ -3,6 +3,7 @@ import pytest
 
 from s2seg.errors import OutputError
 from s2seg.legend import Legend
+from s2seg.outputs._page import Page
 from s2seg.training.augment import Augment, AugmentSpec
 from s2seg.training.preview import write_preview
 from tests.pictures import pixels
@@ -37,6 +38,17 @@ def test_a_page_shows_chips_labels_and_versions(tmp_path, bands):
     assert count(picture, WATER) > 2 * one_cell * 0.5
     four = write_preview(tmp_path / "p4.png", images, labels, augment, LEGEND, rows=2, columns=4)
     assert pixels(four).shape[1] > picture.shape[1]
+
+
+def test_no_version_is_shown_twice(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Page, "image", lambda self, x, y, width, height, image: drawn.append(image))
+    images, labels = np.random.default_rng(0).integers(500, 3000, (2, 4, 8, 8)).astype("uint16"), chips(2, 8)[1]
+    augment = Augment(AugmentSpec(), ("blue", "green", "red", "nir"))  # eight ways to flip and turn
+    write_preview(tmp_path / "p.png", images, labels % LEGEND.nodata, augment, LEGEND, columns=7)
+    for chip in range(2):
+        versions = [image.tobytes() for image in (drawn[chip], *drawn[4 + chip :: 2])]
+        assert len(set(versions)) == len(versions) == 6
 
 
 def test_the_seed_decides_and_nothing_is_overwritten_unasked(tmp_path):

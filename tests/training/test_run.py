@@ -17,7 +17,7 @@ from s2seg.testing import LEGEND, SyntheticRegion
 from s2seg.training.chips import open_chips
 from s2seg.training.config import TrainConfig, load_config
 from s2seg.training.regions import open_regions
-from s2seg.training.run import evaluate_model, train
+from s2seg.training.run import evaluate_model, preview, train
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -107,14 +107,63 @@ def test_a_folder_holds_one_training(
     with pytest.raises(OutputError, match="--resume to go on, or --overwrite"):
         train(config, folder)
     other = load_config(write_config(synthetic, tmp_path, bands=["red", "nir"]))
-    with pytest.raises(InputError, match="another configuration"):
-        train(other, tmp_path / "m", chips=folder / "chips.zarr")
+    with pytest.raises(InputError, match="another configuration: leave out --chips"):
+        train(other, tmp_path / "m", chips=folder / "chips.zarr", overwrite=True)
     assert (folder / "model.json").read_bytes() == before
     settings = (folder / "config.yaml").read_bytes()
     with pytest.raises(InputError, match=r"another configuration's training: go on with .*config.yaml"):
         train(other, folder, resume=True)
     assert (folder / "config.yaml").read_bytes() == settings
     assert train(config, folder, resume=True).model.sha256 == load_model(folder).sha256
+
+
+def test_chips_of_other_settings_are_no_dead_end(
+    trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion, tmp_path: Path
+) -> None:
+    _, folder = trained
+    of_model = open_chips(folder / "chips.zarr").fingerprint
+    evaluate_model(folder, tmp_path / "e", overrides=["fit.seed=3"])  # other weights, but the same chips
+    assert not list((tmp_path / "e").glob("*.zarr"))
+    other = ["split.seed=3", f"areas.0.labels.raster={synthetic.truth}"]
+    for _ in range(2):
+        evaluate_model(folder, tmp_path / "e", overrides=other)
+    (cut,) = (tmp_path / "e").glob("chips-*.zarr")
+    wanted = load_config(folder / "config.yaml", other).fingerprint("data")
+    assert (open_chips(cut).fingerprint, open_chips(folder / "chips.zarr").fingerprint) == (wanted, of_model)
+    for chips, says in ((cut, "another configuration: leave out --chips"), (tmp_path / "nope.zarr", "no chips in")):
+        with pytest.raises(InputError, match=says):
+            evaluate_model(folder, tmp_path / "f", chips=chips)
+    assert not (tmp_path / "f").exists() and not (tmp_path / "nope.zarr").exists()
+
+
+def test_a_preview_keeps_its_own_chips_and_makes_others_anew(
+    trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion, tmp_path: Path
+) -> None:
+    config, folder = trained
+    page, chips = tmp_path / "p" / "preview.png", tmp_path / "p" / "chips.zarr"
+    preview(config, page)
+    made = chips.stat().st_mtime_ns
+    preview(config, page, overwrite=True)
+    assert chips.stat().st_mtime_ns == made
+    other = load_config(write_config(synthetic, tmp_path, chips={"size": 16, "stride": 16}))
+    with pytest.raises(InputError, match="pass --overwrite to make them anew"):
+        preview(other, tmp_path / "p" / "again.png")
+    preview(other, page, overwrite=True)
+    assert open_chips(chips).spec.size == 16
+    with pytest.raises(InputError, match="another configuration: leave out --chips"):
+        preview(other, page, chips=folder / "chips.zarr", overwrite=True)
+
+
+def test_a_model_that_does_not_fit_is_told_before_chips_are_cut(
+    trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion, tmp_path: Path
+) -> None:
+    for changes, says in (
+        ({"legend": "esri"}, "'synthetic' is not that of the labels, 'esri': give"),
+        ({"bands": ["red", "nir"]}, "the model needs blue, green, and the configuration has red, nir"),
+    ):
+        with pytest.raises(InputError, match=says):
+            evaluate_model(trained[1], tmp_path / "e", config=write_config(synthetic, tmp_path, **changes))
+    assert not (tmp_path / "e").exists()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +173,9 @@ def test_a_folder_holds_one_training(
         (["train", "none.yaml"], "none.yaml"),
         (["evaluate", "--model", "none"], "none"),
         (["evaluate", "--model", "{model}", "--part", "east"], "no part 'east'"),
+        (["evaluate", "--model", "{model}", "--output", "{model}/model.json"], "is a file, not a folder"),
         (["export", "--model", "{model}", "--kind", "coreml", "--output", "x"], "coreml"),
+        (["export", "--model", "{model}", "--kind", "onnx", "--output", "x", "--chips", "nope"], "no chips in nope"),
     ],
 )
 def test_mistakes_are_one_line(

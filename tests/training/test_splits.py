@@ -211,7 +211,12 @@ def test_the_split_is_drawn(tmp_path):
     path = draw_split(areas, tmp_path / "split.png", three())
     image = imread(path)[..., :3]
     assert image.shape[1] > image.shape[0] > 1000
-    for color in ((0x1F, 0x6F, 0xD6), (0xE0, 0x30, 0x1E)):  # outlines of validation and test
-        assert (np.abs(image * 255 - color).max(axis=-1) < 2).sum() > 500
+    ink = (np.abs(image * 255 - 0x26).max(axis=-1) < 2).sum()
+    whole = [dataclasses.replace(area, split=area.split * 0 + 1) for area in areas]
+    bare = imread(draw_split(whole, tmp_path / "whole.png", three()))[..., :3]
+    # hatches and outlines; of classes and parts only classes have a colour
+    assert ink > 20_000 + (np.abs(bare * 255 - 0x26).max(axis=-1) < 2).sum()
+    hues = np.unique(image[np.ptp(image, axis=-1) > 0.2].round(1), axis=0)
+    assert {tuple(hue) for hue in hues} <= {tuple(hue) for hue in np.unique(bare.reshape(-1, 3).round(1), axis=0)}
     with pytest.raises(OutputError, match="exists already"):
         draw_split(areas, path, three())
