@@ -112,8 +112,11 @@ def _from_bbox(values: Sequence[float]) -> BaseGeometry:
 
 
 def _from_wkt(text: str) -> Iterator[BaseGeometry]:
+    srid = re.match(r"\s*SRID=(\d+);", text, re.IGNORECASE)
+    if srid and srid[1] != "4326":
+        raise InputError(f"aoi is in EPSG:{srid[1]}; reproject it to lon/lat (EPSG:4326)")
     try:
-        return _leaves(shapely.from_wkt(re.sub(r"^\s*SRID=4326;", "", text, flags=re.IGNORECASE)))
+        return _leaves(shapely.from_wkt(text[srid.end() :] if srid else text))
     except ShapelyError as error:
         raise InputError(f"aoi is not valid WKT: {_line(error)}") from None
 

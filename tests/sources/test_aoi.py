@@ -103,6 +103,7 @@ def test_bbox_across_the_antimeridian():
         ([1, 2, 3, None], "not four numbers"),
         ("nan,45,16,46", "not finite"),
         ("POLYGON ((15 45, 16", "not valid WKT"),
+        ("SRID=32633;" + box(5e5, 5e6, 6e5, 6e6).wkt, "is in EPSG:32633; reproject it"),
         ("{broken", "not JSON"),
         ({"features": []}, "no 'type'"),
         ({"type": "Blob"}, "not a GeoJSON geometry"),
