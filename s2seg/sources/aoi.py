@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import shapely
 from shapely.errors import ShapelyError
 from shapely.geometry import MultiPolygon, Polygon, box, shape
@@ -17,7 +18,11 @@ from shapely.validation import explain_validity
 from s2seg.errors import InputError
 
 _HELP = "give west,south,east,north in degrees, a GeoJSON file, or WKT"
-_WKT = re.compile(r"\s*(SRID|(MULTI)?(POINT|LINESTRING|POLYGON)|LINEARRING|GEOMETRYCOLLECTION)\b", re.IGNORECASE)
+_WKT = re.compile(
+    r"\s*(SRID=\d+;\s*)?((MULTI)?(POINT|LINESTRING|POLYGON)|LINEARRING|GEOMETRYCOLLECTION)\s*(Z|M|ZM)?\s*"
+    r"(\((?!.*json\s*$)|EMPTY\s*$)",  # "polygon (1).geojson" is a file
+    re.IGNORECASE | re.DOTALL,
+)
 _LON_LAT = re.compile(r"CRS:?84|EPSG:+4326|WGS ?84$", re.IGNORECASE)
 
 
@@ -38,13 +43,18 @@ def parse_aoi(aoi: str | Path | Sequence[float] | BaseGeometry | Mapping[str, An
     Raises
     ------
     InputError
-        If it is empty, crosses itself, has no area, is not in degrees, or cannot be read.
+        If it is empty, crosses itself, has no area, is not in degrees, crosses the antimeridian without being cut
+        there, or cannot be read.
     """
-    parts = [shapely.force_2d(part) for part in _read(aoi)]
+    try:
+        parts = [shapely.force_2d(part) for part in _read(aoi)]
+    except RecursionError:
+        raise InputError(f"the aoi is nested too deeply to be an area; {_HELP}") from None
     if not parts or all(part.is_empty for part in parts):
         raise InputError(f"the aoi is empty; {_HELP}")
     for part in parts:
         _check_range(part)
+        _check_cut(part)
         _check_shape(part)
     return parts[0] if len(parts) == 1 else shapely.union_all(parts)
 
@@ -91,21 +101,29 @@ def _from_bbox(values: Sequence[float]) -> BaseGeometry:
     if south > north:
         raise InputError(f"aoi: south ({south:g}) is greater than north ({north:g}); west,south,east,north is expected")
     if west <= east:
-        return box(west, south, east, north)
+        # the vertices between say which way around the globe it goes
+        return (
+            shapely.segmentize(box(west, south, east, north), 180)
+            if east - west > 180
+            else box(west, south, east, north)
+        )
     sides = [box(a, south, b, north) for a, b in ((west, 180.0), (-180.0, east)) if a < b]
     return MultiPolygon(sides) if len(sides) == 2 else (sides or [Polygon()])[0]
 
 
 def _from_wkt(text: str) -> Iterator[BaseGeometry]:
+    srid = re.match(r"\s*SRID=(\d+);", text, re.IGNORECASE)
+    if srid and srid[1] != "4326":
+        raise InputError(f"aoi is in EPSG:{srid[1]}; reproject it to lon/lat (EPSG:4326)")
     try:
-        return _leaves(shapely.from_wkt(re.sub(r"^\s*SRID=4326;", "", text, flags=re.IGNORECASE)))
+        return _leaves(shapely.from_wkt(text[srid.end() :] if srid else text))
     except ShapelyError as error:
         raise InputError(f"aoi is not valid WKT: {_line(error)}") from None
 
 
 def _from_file(path: Path) -> Iterator[BaseGeometry]:
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"aoi {str(path)!r} is no file, bounding box or WKT; {_HELP}") from None
     except UnicodeDecodeError:
@@ -130,7 +148,10 @@ def _from_geojson(document: Any, name: str) -> Iterator[BaseGeometry]:
     _check_crs(document.get("crs"), name)
     kind = document["type"]
     if kind == "FeatureCollection":
-        for feature in document.get("features") or ():
+        features = document.get("features") or []
+        if not isinstance(features, list):
+            raise InputError(f"{name} is not GeoJSON: its features are no list")
+        for feature in features:
             yield from _from_geojson(feature, name)
     elif kind == "Feature":
         if document.get("geometry") is not None:
@@ -154,11 +175,10 @@ def _leaves(geometry: BaseGeometry) -> Iterator[BaseGeometry]:
 def _check_crs(crs: Any, name: str) -> None:
     if crs is None:
         return
-    label = crs.get("properties", {}).get("name", "") if isinstance(crs, Mapping) else str(crs)
+    properties = crs.get("properties") if isinstance(crs, Mapping) else None
+    label = properties.get("name") if isinstance(properties, Mapping) else crs
     if not _LON_LAT.search(str(label)):
-        raise InputError(
-            f"{name} is in {label or crs}; reproject it to lon/lat: ogr2ogr -t_srs EPSG:4326 aoi.geojson IN"
-        )
+        raise InputError(f"{name} is in CRS {label}; reproject it to lon/lat: ogr2ogr -t_srs EPSG:4326 aoi.geojson IN")
 
 
 def _check_range(part: BaseGeometry) -> None:
@@ -166,6 +186,18 @@ def _check_range(part: BaseGeometry) -> None:
         return
     west, south, east, north = part.bounds
     _check_degrees((west, east), (south, north))
+
+
+def _check_cut(part: BaseGeometry) -> None:
+    """Refuse an edge of more than half the globe: what crosses the antimeridian must be cut there (RFC 7946, 3.1.9)."""
+    points, ring = shapely.get_coordinates(shapely.get_rings(part), return_index=True)
+    steps = abs(np.diff(points[:, 0]))[np.diff(ring) == 0]
+    if ((steps > 180) & (steps < 360)).any():  # 360 runs along a parallel, from the antimeridian to itself
+        west, _, east, _ = part.bounds
+        raise InputError(
+            f"aoi: this {part.geom_type} has an edge of more than 180 degrees (lon {west:g} to {east:g}); if it "
+            "crosses the antimeridian, cut it there into a MultiPolygon, or give a bounding box with west > east"
+        )
 
 
 def _check_degrees(lon: tuple[float, float], lat: tuple[float, float]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from s2seg.errors import InputError, S2SegError
 
@@ -95,7 +98,8 @@ def resolve_catalog(spec: str | Path | Catalog) -> Catalog:
     ----------
     spec
         A key of `CATALOGS`; the URL of a STAC API; the URL or path of a ``catalog.json`` or ``collection.json``, of a
-        stac-geoparquet file, or of an ItemCollection; a folder that holds a ``catalog.json``; or a Catalog.
+        stac-geoparquet file, or of an ItemCollection; a folder that holds a ``catalog.json``; or a Catalog. Paths may
+        be ``file://`` URLs.
 
     Raises
     ------
@@ -107,9 +111,11 @@ def resolve_catalog(spec: str | Path | Catalog) -> Catalog:
     text = str(spec).strip()
     if text in CATALOGS:
         return CATALOGS[text]
-    if "://" in text:
-        return _remote(text)
-    return _local(text)
+    if not text:
+        raise InputError(f"the catalog is empty; give a name ({', '.join(CATALOGS)}), URL or path")
+    if text.lower().startswith("file://"):
+        return _local(url2pathname(urlsplit(text).path))
+    return _remote(text) if "://" in text else _local(text)
 
 
 def signer(catalog: Catalog) -> Callable[[str], str] | None:
@@ -149,16 +155,27 @@ def _remote(url: str) -> Catalog:
         return Catalog(url, url, kind="geoparquet")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"catalog {url}: only http(s) URLs, paths and stac-geoparquet files can be read")
+    if not _host(url):
+        raise InputError(f"catalog {url} names no server; a URL such as {CATALOGS['earth-search'].url} is expected")
     # a .json may be a tree or an ItemCollection: the search looks at it when it has fetched it
     return Catalog(url, url, kind="static" if path.endswith(_JSON) else "api")
 
 
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # such as a bracket that is not closed
+        return None
+
+
 def _local(text: str) -> Catalog:
-    path = Path(text).expanduser()
-    if path.is_dir():
-        path = path / "catalog.json"
-    if not path.is_file():
-        raise InputError(_unknown(text, path))
+    path, found = Path(text), False
+    with suppress(OSError, RuntimeError, ValueError):  # it is too long, of an unknown ~user, or no path at all
+        path = path.expanduser()
+        path = path / "catalog.json" if path.is_dir() else path
+        found = path.is_file()
+    if not found:
+        raise InputError(_unknown(text if len(text) <= 200 else f"{text[:200]} ...", path))
     if path.suffix.lower() in _PARQUET:
         return Catalog(text, str(path), kind="geoparquet")
     return Catalog(text, str(path), kind=stac_kind(_load(path), str(path)))
@@ -166,8 +183,8 @@ def _local(text: str) -> Catalog:
 
 def _load(path: Path) -> object:
     try:
-        document: object = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        document: object = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"catalog {path} is not JSON ({error}); a STAC catalog is expected") from None
     except OSError as error:
         raise InputError(f"catalog {path} cannot be read: {error.strerror or error}") from None
@@ -188,6 +205,22 @@ def stac_kind(document: object, name: str) -> Kind:
     if kind in ("Catalog", "Collection"):
         return "static"
     raise InputError(f"catalog {name} is not STAC: its type is {kind!r}, not Catalog, Collection or FeatureCollection")
+
+
+def features_of(document: Mapping[str, Any], name: str) -> list[Any]:
+    """List the items of an ItemCollection, or the one item that a document is; they may be anything.
+
+    Raises
+    ------
+    CatalogError
+        If it is an ItemCollection without a list of them.
+    """
+    if document.get("type") == "Feature":
+        return [document]
+    features = document.get("features")
+    if not isinstance(features, list):
+        raise CatalogError(name, "it is a FeatureCollection without a list of features")
+    return features
 
 
 def _unknown(text: str, path: Path) -> str:

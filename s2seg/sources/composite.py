@@ -117,10 +117,13 @@ def composite(stack: xr.DataArray, spec: CompositeSpec | None = None) -> xr.Data
     Raises
     ------
     InputError
-        If a mask is asked for with ``dilate`` but the stack has no ``scl``, or ``max-ndvi`` lacks red or nir.
+        If the stack has no band but ``scl``, a mask is asked for with ``dilate`` but the stack has no ``scl``, or
+        ``max-ndvi`` lacks red or nir.
     """
     spec = spec or CompositeSpec()
     bands = [str(b) for b in stack.band.values if b != "scl"]
+    if not bands:
+        raise InputError("there is nothing to composite: the stack has no reflectance band beside scl")
     reduce = _reducer(spec, bands, stack)
     data = stack.isel(band=slice(0, len(bands))).data.rechunk({0: -1, 1: -1})
     scl = _scl(stack, spec)

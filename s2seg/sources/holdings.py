@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import pystac
 import pystac_client
 import rustac
@@ -22,26 +20,31 @@ from pystac_client.errors import ClientTypeError
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 from pystac_client.warnings import PystacClientWarning
-from shapely.errors import ShapelyError
-from shapely.geometry import MultiPolygon, box, mapping, shape
+from shapely.geometry import mapping
 from shapely.geometry.base import BaseGeometry
 from urllib3 import Retry
 
 from s2seg.errors import InputError
-from s2seg.sources.catalogs import Catalog, CatalogError, stac_kind
+from s2seg.sources.catalogs import Catalog, CatalogError, features_of, stac_kind
+from s2seg.sources.footprints import footprint, outline
+from s2seg.sources.intake import Intake
+from s2seg.sources.item_checks import BROKEN
 from s2seg.sources.items import sensing_time
 
 Interval = tuple[datetime | None, datetime | None]
 
-_WORLD = box(-180, -90, 180, 90)
 _PAGE = 100
 _TIMEOUT = (10.0, 60.0)
 _L2A = "sentinel-2-l2a"
-_BROKEN = (APIError, ClientTypeError, pystac.STACError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError)
+_BYTE_ORDER_MARK = "\ufeff"
+"""What editors on Windows begin a file with, and JSON does not know."""
 
 
 class Holdings(Protocol):
     """What a search needs of a catalog."""
+
+    intake: Intake
+    """The account of the items that were parsed so far."""
 
     def find(self, area: BaseGeometry, interval: Interval, clouds: float | None = None, /) -> Iterator[pystac.Item]:
         """Yield the items that touch an area within an interval; `clouds`, in percent, is no more than a hint."""
@@ -79,43 +82,6 @@ def open_holdings(catalog: Catalog, collection: str | None = None) -> Iterator[H
         web.session.close()
 
 
-def footprint(item: pystac.Item) -> BaseGeometry | None:
-    """Outline an item in lon/lat, cut at the antimeridian; None where it has no usable geometry."""
-    if not item.geometry:
-        return outline(item.bbox) if item.bbox else None
-    try:
-        geometry = shapely.force_2d(shape(item.geometry))
-    except (ShapelyError, ValueError, TypeError, KeyError):
-        return outline(item.bbox) if item.bbox else None
-    return _cut(geometry if geometry.is_valid else shapely.make_valid(geometry))
-
-
-def outline(bbox: Sequence[float]) -> BaseGeometry:
-    """Turn a STAC bbox (4 or 6 numbers; west > east crosses the antimeridian) into a geometry."""
-    west, south = bbox[0], bbox[1]
-    east, north = bbox[len(bbox) // 2], bbox[len(bbox) // 2 + 1]
-    if west <= east:
-        return box(west, south, east, north)
-    return MultiPolygon([box(west, south, 180, north), box(-180, south, east, north)])
-
-
-def _cut(geometry: BaseGeometry) -> BaseGeometry:
-    """Bring each part within -180 and 180; a part wider than half the globe crossed the antimeridian unseen."""
-    west, _, east, _ = geometry.bounds if not geometry.is_empty else (0.0, 0.0, 0.0, 0.0)
-    if east - west <= 180 and east <= 180 and west >= -180:
-        return geometry
-    return shapely.union_all([_cut_part(part) for part in shapely.get_parts(geometry)])
-
-
-def _cut_part(part: BaseGeometry) -> BaseGeometry:
-    west, _, east, _ = part.bounds
-    if east - west > 180 and west >= -180 and east <= 180:
-        part = shapely.transform(part, lambda xy: np.column_stack((xy[:, 0] % 360, xy[:, 1])))
-        part = part if part.is_valid else shapely.make_valid(part)
-    turns = [shapely.transform(part, partial(np.add, [[shift, 0]])) for shift in (-360, 0, 360)]
-    return shapely.union_all([shapely.intersection(turn, _WORLD) for turn in turns])
-
-
 def _open(catalog: Catalog, collection: str | None, web: StacApiIO) -> Holdings:
     if catalog.kind == "geoparquet":
         return _listed(_read_parquet(catalog.url), catalog, collection)
@@ -127,9 +93,9 @@ def _open(catalog: Catalog, collection: str | None, web: StacApiIO) -> Holdings:
     document = json.loads(reader.read_text_from_href(catalog.url))
     # a URL that ends in .json was not looked into before
     if catalog.kind != "api" and stac_kind(document, catalog.url) == "items":
-        return _listed(document.get("features", [document]), catalog, collection)
+        return _listed(features_of(document, catalog.url), catalog, collection)
     root_type = pystac.Collection if document["type"] == "Collection" else pystac.Catalog
-    return _tree(root_type.from_file(catalog.url, stac_io=reader), catalog, collection)
+    return _tree(root_type.from_file(catalog.url, stac_io=reader), reader, catalog, collection)
 
 
 @dataclass
@@ -138,7 +104,7 @@ class _Api:
 
     client: pystac_client.Client
     collection: pystac.Collection
-    url: str
+    intake: Intake
 
     def find(self, area: BaseGeometry, interval: Interval, clouds: float | None = None, /) -> Iterator[pystac.Item]:
         query = self.client.search(
@@ -148,11 +114,12 @@ class _Api:
             limit=_PAGE,
             **self._cloud_filter(clouds),
         )
-        with _readable(self.url):
-            yield from _within(query.items(), area, interval)
+        with _readable(self.intake.url):
+            yield from _within(self.intake.items(query.items_as_dicts()), area, interval)
 
     def extent(self) -> BaseGeometry | None:
-        return _union(outline(bbox) for bbox in self.collection.extent.spatial.bboxes)
+        with _readable(self.intake.url):
+            return _union(outline(bbox) for bbox in self.collection.extent.spatial.bboxes)
 
     def _cloud_filter(self, clouds: float | None) -> dict[str, Any]:
         """Ask the server to leave cloudy items out, in the language that it says it speaks, or not at all."""
@@ -171,28 +138,62 @@ class _Tree:
     """A static catalog: JSON files that link to one another."""
 
     root: pystac.Catalog
+    reader: _Reader
     collection: str | None
-    url: str
+    intake: Intake
+    known: dict[str, pystac.Item | None] = field(default_factory=dict)
 
     def find(self, area: BaseGeometry, interval: Interval, _clouds: float | None = None, /) -> Iterator[pystac.Item]:
-        with _readable(self.url):
-            yield from _within(self._walk(self.root, area, interval), area, interval)
+        def open_to(node: pystac.Catalog) -> bool:
+            return not isinstance(node, pystac.Collection) or _may_hold(node, area, interval)
+
+        with _readable(self.intake.url):
+            yield from _within(self._items(open_to), area, interval)
 
     def extent(self) -> BaseGeometry | None:
-        with _readable(self.url):
-            nodes = (node for node, _, _ in self.root.walk() if self.collection in (None, node.id))
-            stated = [node.extent.spatial.bboxes for node in nodes if isinstance(node, pystac.Collection)]
+        with _readable(self.intake.url):
+            stated = [node.extent.spatial.bboxes for node in self.collections() if self.collection in (None, node.id)]
             if stated:  # saves reading every item
                 return _union(outline(bbox) for bboxes in stated for bbox in bboxes)
-            return _union(map(footprint, self._walk(self.root, _WORLD, (None, None))))
+            return _union(map(footprint, self._items(_any_node)))
 
-    def _walk(self, node: pystac.Catalog, area: BaseGeometry, interval: Interval) -> Iterator[pystac.Item]:
-        if isinstance(node, pystac.Collection) and not _may_hold(node, area, interval):
-            return
-        if self.collection in (None, node.id):
-            yield from node.get_items()
-        for child in node.get_children():
-            yield from self._walk(child, area, interval)
+    def collections(self) -> Iterator[pystac.Collection]:
+        return (node for node in _walk(self.root, _any_node, set()) if isinstance(node, pystac.Collection))
+
+    def _items(self, enter: Callable[[pystac.Catalog], bool]) -> Iterator[pystac.Item]:
+        for node in _walk(self.root, enter, set()):
+            if self.collection in (None, node.id):
+                yield from filter(None, map(self._item, node.get_item_links()))
+
+    def _item(self, link: pystac.Link) -> pystac.Item | None:
+        """Read an item, once."""
+        href = link.get_absolute_href() or link.href
+        if href not in self.known:
+            try:
+                document = self.reader.json_loads(self.reader.read_text_from_href(href))
+            except (ValueError, RecursionError) as error:  # the first also where it is not text
+                self.intake.refuse(href, f"it is not JSON ({_line(error)})")
+                self.known[href] = None
+            else:
+                self.known[href] = self.intake.item(document, href)
+        return self.known[href]
+
+
+def _walk(
+    node: pystac.Catalog, enter: Callable[[pystac.Catalog], bool], seen: set[str | None]
+) -> Iterator[pystac.Catalog]:
+    """Visit a catalog and those under it, each once: some lead back to where one was."""
+    href = node.get_self_href()
+    if href in seen or not enter(node):
+        return
+    seen.add(href)
+    yield node
+    for child in node.get_children():
+        yield from _walk(child, enter, seen)
+
+
+def _any_node(_: pystac.Catalog) -> bool:
+    return True
 
 
 @dataclass
@@ -200,6 +201,7 @@ class _Listed:
     """Items that are all at hand."""
 
     items: list[pystac.Item]
+    intake: Intake
 
     def find(self, area: BaseGeometry, interval: Interval, _clouds: float | None = None, /) -> Iterator[pystac.Item]:
         return _within(self.items, area, interval)
@@ -219,23 +221,25 @@ def _api(client: pystac_client.Client, catalog: Catalog, wanted: str | None) -> 
             found = None if wanted else known.get(_L2A) or (next(iter(known.values())) if len(known) == 1 else None)
     if found is None:
         raise InputError(_no_collection(catalog, wanted, known))
-    return _Api(client, found, catalog.url)
+    return _Api(client, found, Intake(catalog.url))
 
 
-def _tree(root: pystac.Catalog, catalog: Catalog, wanted: str | None) -> _Tree:
+def _tree(root: pystac.Catalog, reader: _Reader, catalog: Catalog, wanted: str | None) -> _Tree:
+    tree = _Tree(root, reader, wanted, Intake(catalog.url))
     if wanted is not None:
-        known = [node.id for node, _, _ in root.walk() if isinstance(node, pystac.Collection)]
+        known = [node.id for node in tree.collections()]
         if wanted not in known:
             raise InputError(_no_collection(catalog, wanted, known))
-    return _Tree(root, wanted, catalog.url)
+    return tree
 
 
-def _listed(documents: Iterable[dict[str, Any]], catalog: Catalog, wanted: str | None) -> _Listed:
-    items = [_anchor(pystac.Item.from_dict(document), catalog.url) for document in documents]
+def _listed(documents: Iterable[Any], catalog: Catalog, wanted: str | None) -> _Listed:
+    intake = Intake(catalog.url)
+    items = [_anchor(item, catalog.url) for item in intake.items(documents)]
     known = {item.collection_id for item in items if item.collection_id}
-    if wanted is not None and wanted not in known:
+    if wanted is not None and wanted not in known and (items or not intake.broken):
         raise InputError(_no_collection(catalog, wanted, known))
-    return _Listed([item for item in items if wanted in (None, item.collection_id)])
+    return _Listed([item for item in items if wanted in (None, item.collection_id)], intake)
 
 
 def _anchor(item: pystac.Item, origin: str) -> pystac.Item:
@@ -298,9 +302,9 @@ class _Reader(DefaultStacIO):
     def read_text_from_href(self, href: str) -> str:
         if href.startswith(("http://", "https://")):
             with _readable(href):
-                return self.web.request(href)
+                return self.web.request(href).removeprefix(_BYTE_ORDER_MARK)
         try:
-            return super().read_text_from_href(href)
+            return super().read_text_from_href(href).removeprefix(_BYTE_ORDER_MARK)
         except OSError as error:
             raise CatalogError(href, error.strerror or str(error)) from None
 
@@ -310,13 +314,12 @@ def _client(url: str, web: StacApiIO) -> pystac_client.Client:
         return pystac_client.Client.from_file(url, stac_io=web)
 
 
-def _read_parquet(url: str) -> list[dict[str, Any]]:
+def _read_parquet(url: str) -> list[Any]:
     # rustac's own search needs an extension that DuckDB downloads; a file that fits a laptop is read whole just as well
     try:
-        documents: Mapping[str, Any] = rustac.read_sync(url)
+        return features_of(rustac.read_sync(url), url)
     except rustac.RustacError as error:
         raise CatalogError(url, _line(error)) from None
-    return list(documents["features"])
 
 
 def _retries() -> Retry:
@@ -335,7 +338,7 @@ def _readable(url: str) -> Iterator[None]:
     """Turn what the STAC libraries raise on a broken catalog into one line that names it."""
     try:
         yield
-    except _BROKEN as error:
+    except (APIError, ClientTypeError, *BROKEN) as error:
         if isinstance(error.__cause__, CatalogError):  # pystac wraps what a link's file raised; that one names the file
             raise error.__cause__ from None
         if isinstance(error, APIError):

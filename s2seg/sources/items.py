@@ -7,16 +7,22 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
+from math import isfinite
 from typing import Any
 from urllib.parse import urlsplit
 
 import pystac
-import shapely
-from shapely.errors import ShapelyError
-from shapely.geometry import shape
+from affine import Affine
+from pyproj import Transformer
+from pyproj.exceptions import CRSError
+from shapely.geometry import Polygon
+from shapely.geometry.base import BaseGeometry
 
 from s2seg.errors import InputError, S2SegWarning
 from s2seg.sources.catalogs import SIGNERS
+from s2seg.sources.footprints import footprint, outline, read_geometry
+from s2seg.sources.item_checks import ItemError, check_item, leave_out
 
 BANDS = {
     "coastal": ("B01", 60),
@@ -87,18 +93,24 @@ def normalize_items(items: Iterable[pystac.Item]) -> list[pystac.Item]:
 
     Raises
     ------
+    ItemError
+        If no item can be used: each has a field that nothing can be made of, or does not say where its pixels lie, or
+        contradicts itself there. Where others can be used, such items are left out with a warning.
     InputError
-        If no item has a Sentinel-2 band, or an item does not say where its pixels lie.
+        If no item has a Sentinel-2 band.
     """
-    given = list(items)
-    known = [normal for normal in map(_normalize, given) if normal.assets]
+    given, broken = _normalize_all(items)
+    known = [normal for _, normal in given if normal.assets]
+    leave_out(broken)
     if given and not known:
-        keys = ", ".join(given[0].assets) or "no assets at all"
-        raise InputError(f"item {given[0].id} has no Sentinel-2 band ({keys}); choose another collection")
+        bare = given[0][0]
+        keys = ", ".join(bare.assets) or "no assets at all"
+        raise InputError(f"item {bare.id} has no Sentinel-2 band ({keys}); choose another collection")
     if len(known) < len(given):
-        bare = next(item.id for item in given if item.id not in {normal.id for normal in known})
+        bare = next(item for item, normal in given if not normal.assets)
         warnings.warn(
-            f"{len(given) - len(known)} of {len(given)} items have no Sentinel-2 band and are left out, such as {bare}",
+            f"{len(given) - len(known)} of {len(given)} items have no Sentinel-2 band and are left out, "
+            f"such as {bare.id}",
             S2SegWarning,
             stacklevel=2,
         )
@@ -180,6 +192,21 @@ def _names(item: pystac.Item) -> Iterator[str]:
     yield item.id
 
 
+def _normalize_all(items: Iterable[pystac.Item]) -> tuple[list[tuple[pystac.Item, pystac.Item]], dict[str, str]]:
+    """Pairs of items, as given and normalised, and what is wrong with the others; some must be right."""
+    pairs: list[tuple[pystac.Item, pystac.Item]] = []
+    errors: list[ItemError] = []
+    for item in items:
+        try:
+            check_item(item)
+            pairs.append((item, _normalize(item)))
+        except ItemError as error:
+            errors.append(error)
+    if errors and not pairs:
+        raise errors[0]
+    return pairs, {error.item_id: error.reason for error in errors}
+
+
 def _normalize(item: pystac.Item) -> pystac.Item:
     properties = copy.copy(item.properties)
     if name := tile(item):
@@ -203,8 +230,46 @@ def _normalize(item: pystac.Item) -> pystac.Item:
     for band in (name for name in BANDS if name in chosen):
         normal.add_asset(band, _normal_asset(*chosen[band], item))
     if normal.assets and code is None:
-        raise InputError(f"item {item.id} states neither a projection (proj:code) nor a tile (grid:code)")
+        raise ItemError(item.id, "it states neither a projection (proj:code) nor a tile (grid:code)")
+    if normal.assets and code is not None:
+        _check_place(normal, code)
     return normal
+
+
+def _check_place(item: pystac.Item, code: int) -> None:
+    """Refuse an item whose pixels, by its projection and transform, lie elsewhere than its footprint."""
+    try:
+        to_lon_lat = _to_lon_lat(code)
+    except CRSError:
+        raise ItemError(item.id, f"its projection EPSG:{code} is unknown") from None
+    covered = footprint(item)
+    grids = (asset.extra_fields for asset in item.assets.values())
+    grid = next((grid for grid in grids if {"proj:transform", "proj:shape"} <= grid.keys()), None)
+    if covered is None or grid is None:
+        return
+    to_map, (height, width) = Affine(*grid["proj:transform"]), grid["proj:shape"]
+    (left, top), (right, bottom) = to_map @ (0, 0), to_map @ (width, height)
+    corners = min(left, right), min(bottom, top), max(left, right), max(bottom, top)
+    west, south, east, north = to_lon_lat.transform_bounds(*corners)
+    seen = outline((west, south, east, north)) if isfinite(west + south + east + north) else Polygon()
+    if not covered.intersects(seen):
+        raise ItemError(
+            item.id,
+            f"its footprint ({_extent(covered)}) lies elsewhere than its pixels by EPSG:{code} and proj:transform "
+            f"({_extent(seen)})",
+        )
+
+
+@lru_cache
+def _to_lon_lat(code: int) -> Transformer:
+    return Transformer.from_crs(code, 4326, always_xy=True)
+
+
+def _extent(geometry: BaseGeometry) -> str:
+    if geometry.is_empty:
+        return "nowhere on earth"
+    west, south, east, north = geometry.bounds
+    return f"lon {west:.4g} to {east:.4g}, lat {south:.4g} to {north:.4g}"
 
 
 def _best_assets(item: pystac.Item) -> dict[str, tuple[str, pystac.Asset]]:
@@ -320,11 +385,8 @@ def _age(item: pystac.Item) -> tuple[tuple[int, int], str, int, str]:
 
 def _overlap(one: pystac.Item, other: pystac.Item) -> bool:
     """Whether the smaller footprint lies mostly within the larger; footprints that cannot be compared count as one."""
-    if not one.geometry or not other.geometry:
-        return True
-    try:
-        a, b = shapely.make_valid(shape(one.geometry)), shapely.make_valid(shape(other.geometry))
-    except (ShapelyError, ValueError, TypeError, KeyError):
+    a, b = read_geometry(one.geometry), read_geometry(other.geometry)
+    if a is None or b is None:
         return True
     smaller = min(a.area, b.area)
     return smaller == 0 or a.intersection(b).area > 0.5 * smaller

@@ -26,6 +26,7 @@ from rasterio.warp import transform_bounds
 from s2seg.errors import InputError
 from s2seg.legend import Legend
 from s2seg.sources.label_codes import code_table, crs_of, plain, unknown
+from s2seg.sources.stamps import stamp
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -234,7 +235,7 @@ def _header(source: VectorLabels) -> tuple[list[str], Any, Any, int, str | None]
     """Columns, CRS, bounds, number of features and layer."""
     with _reading(source.href):
         if _is_parquet(source.href):
-            frame = _parquet(source.href)
+            frame = _parquet(source.href, stamp(source.href))
             columns = [str(c) for c in frame.columns if c != frame.geometry.name]
             return columns, frame.crs and frame.crs.to_wkt(), frame.total_bounds, len(frame), None
         import pyogrio
@@ -254,7 +255,7 @@ def _features(source: VectorLabels, layer: str | None, bounds: tuple[float, floa
     """Features that touch ``bounds``, with the class column, in the file's order."""
     with _reading(source.href):
         if _is_parquet(source.href):
-            frame = _parquet(source.href)
+            frame = _parquet(source.href, stamp(source.href))
             return frame.iloc[np.sort(frame.sindex.query(shapely.box(*bounds)))]
         import pyogrio
 
@@ -269,8 +270,8 @@ def _is_parquet(href: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _parquet(href: str) -> GeoDataFrame:
-    """Read a whole GeoParquet, once per process: few writers add the index that partial reads need."""
+def _parquet(href: str, _stamp: tuple[int, int] | None) -> GeoDataFrame:
+    """Read a whole GeoParquet, once until it changes: few writers add the index that partial reads need."""
     import geopandas
 
     return geopandas.read_parquet(href)

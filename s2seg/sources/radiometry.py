@@ -25,6 +25,7 @@ from rasterio.errors import RasterioError
 from s2seg.errors import ReadError, S2SegWarning
 from s2seg.sources.catalogs import load_signer
 from s2seg.sources.items import baseline, cloud_cover, sign_path
+from s2seg.sources.stamps import stamp
 
 ADDED = 1000
 """What processing baselines from 04.00 on add to digital numbers (ESA's ``BOA_ADD_OFFSET``, ``RADIO_ADD_OFFSET``)."""
@@ -103,7 +104,7 @@ def decide_offsets(items: Iterable[pystac.Item], *, check: bool = True) -> dict[
 
     Those are Earth Search's flag ``boa_offset_applied`` at baseline 04.00 and later (false on some scenes from which
     1000 was subtracted: its issues 66 and 71), and items whose baseline is unknown. The look is one decimated read of
-    one visible band, kept for the life of the process. Where it contradicts the rule, the pixels win, with a warning.
+    one visible band, kept until the file changes. Where it contradicts the rule, the pixels win, with a warning.
 
     Parameters
     ----------
@@ -131,6 +132,11 @@ def decide_offsets(items: Iterable[pystac.Item], *, check: bool = True) -> dict[
         for item, look in zip(doubtful, looks, strict=True):
             offsets[item.id] = _weigh(item, offsets[item.id], look)
     return offsets
+
+
+def forget_looks() -> None:
+    """Forget what the pixels looked like, for files that are replaced."""
+    _low_percentile.cache_clear()
 
 
 def harmonize(dn: npt.NDArray[np.uint16], subtract: int) -> npt.NDArray[np.uint16]:
@@ -206,14 +212,14 @@ def _look_at(item: pystac.Item) -> _Look | None:
         return None
     href = item.assets[band].href
     try:
-        pixels, low = _low_percentile(href, sign_path(item))
+        pixels, low = _low_percentile(href, sign_path(item), stamp(href))
     except (RasterioError, OSError) as error:
         raise ReadError(item.id, band, href, " ".join(str(error).split())) from error
     return _Look(band, pixels, low)
 
 
 @lru_cache(maxsize=4096)
-def _low_percentile(href: str, sign: str | None) -> tuple[int, float]:
+def _low_percentile(href: str, sign: str | None, _stamp: tuple[int, int] | None) -> tuple[int, float]:
     """How many valid pixels a decimated read finds, and their low percentile."""
     with (
         rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_HTTP_MAX_RETRY=3, GDAL_HTTP_RETRY_DELAY=1),

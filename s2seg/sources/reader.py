@@ -26,7 +26,7 @@ from rasterio.windows import Window
 from s2seg.errors import ReadError
 from s2seg.sources.catalogs import load_signer
 from s2seg.sources.handles import Handles
-from s2seg.sources.radiometry import harmonize
+from s2seg.sources.radiometry import forget_looks, harmonize
 from s2seg.sources.tiles import Tiles, forget_tiles, tiles_of
 
 ATTEMPTS = 3
@@ -81,6 +81,8 @@ class AssetRef:
         How coarser or unaligned pixels reach the grid.
     sign
         Dotted path of the function that signs the href just before it is opened, or None.
+    epsg
+        CRS of the file, as its item states it; a file that contradicts it is not read.
     """
 
     item_id: str
@@ -89,6 +91,7 @@ class AssetRef:
     subtract: int = 0
     resampling: Literal["nearest", "bilinear"] = "nearest"
     sign: str | None = None
+    epsg: int | None = None
 
     @property
     def remote(self) -> bool:
@@ -115,6 +118,7 @@ def close_files() -> None:
     for handles in (_local, _remote):
         handles.clear()
     forget_tiles()
+    forget_looks()
 
 
 def read_window(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> npt.NDArray[np.uint16]:
@@ -173,6 +177,7 @@ def _read_tiles(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> 
     ratio = _ratio(tiles, epsg, transform) if tiles else None
     if tiles is None or ratio is None or ratio < 1:
         return None
+    _check_crs(tiles, ref, epsg)
     if ratio == 1:
         return _copy(tiles, transform, window)
     return _repeat(tiles, transform, window, round(ratio), ref.resampling)
@@ -185,6 +190,7 @@ def _read(
     if dtype.kind != "u" or dtype.itemsize > 2:
         raise ReadError(ref.item_id, ref.band, ref.href, f"holds {dtype.name}, not uint16 digital numbers")
     ratio = _ratio(dataset, epsg, transform)
+    _check_crs(dataset, ref, None if ratio is None else epsg)
     if ratio is None:
         return _warp(dataset, ref, epsg, transform, window)
     if ratio == 1:
@@ -208,6 +214,14 @@ def _ratio(dataset: Source, epsg: int, transform: Affine) -> float | None:
     unit = min(own.a, transform.a)
     shifts = (own.c - transform.c) / unit, (own.f - transform.f) / unit
     return ratio if all(abs(s - round(s)) < _ALIGNED for s in shifts) else None
+
+
+def _check_crs(dataset: Source, ref: AssetRef, known: int | None) -> None:
+    """Refuse a file that lies elsewhere than its item says; ``known`` is its EPSG code where that is settled."""
+    own = known or (dataset.crs.to_epsg() if dataset.crs else None)
+    if None not in (own, ref.epsg) and own != ref.epsg:
+        cause = f"the file is in EPSG:{own}, its item says EPSG:{ref.epsg}; mend the item's proj:code, or leave it out"
+        raise ReadError(ref.item_id, ref.band, ref.href, cause)
 
 
 def _offset(dataset: Source, transform: Affine, unit: float) -> tuple[int, int]:

@@ -20,11 +20,13 @@ from shapely.geometry.base import BaseGeometry
 from s2seg.errors import InputError, NoItemsError
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.catalogs import SIGNERS, Catalog, resolve_catalog
-from s2seg.sources.holdings import Holdings, Interval, footprint, open_holdings
+from s2seg.sources.footprints import footprint
+from s2seg.sources.holdings import Holdings, Interval, open_holdings
 from s2seg.sources.items import baseline, cloud_cover, normalize_items, sensing_time, tile
 
 _EXAMPLES = "such as 2023-08-01/2023-08-31, 2023-08, 2023 or ../2023-08-31"
-_DATE = re.compile(r"(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?")
+_DATE = re.compile(r"(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?", re.ASCII)
+_INSTANT = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]\d{2}:\d{2}.*", re.ASCII)
 _ENOUGH = 100
 """How many items a diagnosis looks at per question."""
 
@@ -75,10 +77,11 @@ def search(
     """
     source = resolve_catalog(catalog)
     wanted = _Wanted(parse_aoi(aoi), parse_datetime(datetime), max_cloud_cover)
-    if limit is not None and limit < 1:
-        raise InputError(f"limit {limit} leaves nothing to search for; give at least 1")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InputError(f"limit {limit!r} is not a number of items; give a whole number, at least 1")
     with open_holdings(source, collection) as holdings:
         found = _matching(holdings, wanted, limit)
+        holdings.intake.report()
         if not found:
             raise NoItemsError(_diagnose(holdings, wanted, collection or source.collection, source.name, datetime))
     items = normalize_items(found)
@@ -107,6 +110,8 @@ def parse_datetime(text: str) -> tuple[dt.datetime | None, dt.datetime | None]:
     InputError
         If it cannot be read, or ends before it begins.
     """
+    if not isinstance(text, str):
+        raise InputError(f"datetime {text!r} is not text; write it {_EXAMPLES}")
     ends = text.strip().split("/")
     if len(ends) > 2 or not any(ends):
         raise InputError(f"datetime {text!r} is not a date or a range of two; write it {_EXAMPLES}")
@@ -173,6 +178,9 @@ def _period(text: str, whole: str) -> Interval:
             last_month = month or 12
             last_day = day or calendar.monthrange(first.year, last_month)[1]
             return first, dt.datetime(first.year, last_month, last_day, 23, 59, 59, 999999, tzinfo=dt.UTC)
+        # Python knows more ways to write a day or a week, and would take them for their first instant
+        if not _INSTANT.fullmatch(text):
+            raise ValueError(f"{text!r} is neither a date nor a time")
         instant = dt.datetime.fromisoformat(text.upper())
     except ValueError as error:
         raise InputError(f"datetime {whole!r} cannot be read ({error}); write it {_EXAMPLES}") from None

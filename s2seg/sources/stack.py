@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dask.array as da
 import numpy as np
@@ -26,12 +26,13 @@ from stackstac.to_dask import items_to_dask
 
 from s2seg.errors import InputError, MissingBandError, S2SegWarning
 from s2seg.sources.ahead import AssetReader, Bounds, places
-from s2seg.sources.holdings import footprint
+from s2seg.sources.footprints import footprint
 from s2seg.sources.items import cloud_cover, epsg, sensing_time, sign_path
 from s2seg.sources.radiometry import Offset, decide_offsets
 from s2seg.sources.reader import AssetRef
 
 Chunks = int | tuple[int, ...]
+Resampling = Literal["nearest", "bilinear"]
 
 _LON_LAT = 4326
 
@@ -43,7 +44,7 @@ def stack(
     *,
     chunksize: Chunks | tuple[Chunks, Chunks] = 1024,
     time_chunks: Chunks = -1,
-    resampling: Literal["nearest", "bilinear"] = "nearest",
+    resampling: Resampling = "nearest",
     offsets: Mapping[str, Offset] | None = None,
 ) -> xr.DataArray:
     """Stack items lazily on one grid; no pixel is read until the result is computed or written.
@@ -79,7 +80,8 @@ def stack(
     Raises
     ------
     InputError
-        If there are no items, or the grid's CRS has no EPSG code.
+        If there are no items or bands, the grid is not north up or its CRS has no EPSG code, or another argument
+        makes no sense.
     MissingBandError
         If no item has a band. Where only some lack it, they stay empty for that band and a warning names them.
     ReadError
@@ -87,12 +89,13 @@ def stack(
     """
     if not items:
         raise InputError("nothing to stack: the list of items is empty")
-    if "scl" in bands[:-1]:
-        raise InputError("put scl last in the list of bands")
+    _check_arguments(bands, geobox, chunksize, resampling)
     items = sorted(items, key=lambda item: (sensing_time(item), item.id))
     _check_bands(items, bands)
     if offsets is None:
         offsets = decide_offsets(items)
+    elif lacking := [item.id for item in items if item.id not in offsets]:
+        raise InputError(f"offsets has no entry for item {lacking[0]}; leave offsets out, and they are decided")
     spec = _raster_spec(geobox)
     chunks = _pair(chunksize)
     groups = [[b for b in bands if b != "scl"], [b for b in bands if b == "scl"]]
@@ -102,6 +105,20 @@ def stack(
         if group
     ]
     return _label(da.concatenate(arrays, axis=1), items, bands, geobox)
+
+
+def _check_arguments(bands: Sequence[str], geobox: GeoBox, chunksize: object, resampling: str) -> None:
+    if isinstance(bands, str) or not bands:
+        raise InputError(f"bands must be a list such as ['red', 'nir', 'scl'], not {bands!r}")
+    if "scl" in bands[:-1]:
+        raise InputError("put scl last in the list of bands")
+    if not (geobox.affine.b == geobox.affine.d == 0 and geobox.affine.a > 0 > geobox.affine.e):
+        raise InputError("the grid must be north up, its first row the northernmost; geobox_for makes such grids")
+    sides = chunksize if isinstance(chunksize, tuple) else (chunksize,)
+    if any(isinstance(side, int) and side < 1 and side != -1 for side in sides):
+        raise InputError(f"chunksize {chunksize!r} is not a number of pixels; give at least 1, or -1 for one chunk")
+    if resampling not in get_args(Resampling):
+        raise InputError(f"unknown resampling {resampling!r}; choose {' or '.join(get_args(Resampling))}")
 
 
 def aligned_chunks(items: Sequence[pystac.Item], geobox: GeoBox, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -190,7 +207,7 @@ def _asset_table(
     bands: Sequence[str],
     geobox: GeoBox,
     offsets: Mapping[str, Offset],
-    resampling: Literal["nearest", "bilinear"],
+    resampling: Resampling,
 ) -> np.ndarray[Any, Any]:
     """stackstac's table (items, bands): what to read, and where it lies on the target grid."""
     table = np.full((len(items), len(bands)), None, dtype=ASSET_TABLE_DT)
@@ -200,7 +217,7 @@ def _asset_table(
             if asset is None:
                 continue
             subtract = 0 if band == "scl" else offsets[item.id].subtract
-            ref = AssetRef(item.id, band, asset.href, subtract, resampling, sign_path(item))
+            ref = AssetRef(item.id, band, asset.href, subtract, resampling, sign_path(item), epsg(item))
             table[i, j] = ref, _asset_bounds(item, asset, geobox), (1, 0)
     return table
 

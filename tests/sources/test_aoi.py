@@ -103,17 +103,43 @@ def test_bbox_across_the_antimeridian():
         ([1, 2, 3, None], "not four numbers"),
         ("nan,45,16,46", "not finite"),
         ("POLYGON ((15 45, 16", "not valid WKT"),
+        ("SRID=32633;" + box(5e5, 5e6, 6e5, 6e6).wkt, "is in EPSG:32633; reproject it"),
         ("{broken", "not JSON"),
         ({"features": []}, "no 'type'"),
         ({"type": "Blob"}, "not a GeoJSON geometry"),
         ({"type": "Polygon", "coordinates": [[[1, 2]]]}, "not a GeoJSON geometry"),
         ({"type": "Polygon"}, "not a GeoJSON geometry"),
+        (collection(SQUARE, crs={"type": "name", "properties": None}), "is in CRS .*reproject it"),
+        (collection(SQUARE, crs={"type": "name", "properties": [1]}), "is in CRS .*reproject it"),
+        ({"type": "FeatureCollection", "features": 5}, "features are no list"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        (Polygon([(179, 45), (-179, 45), (-179, 46), (179, 46)]), "edge of more than 180 degrees .*cut it there"),
+        (box(-170, 0, 170, 10), "edge of more than 180 degrees"),
     ],
 )
 def test_bad_areas_say_the_fix_in_one_line(given, says):
     with pytest.raises(InputError, match=says) as caught:
         parse_aoi(given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "area", [box(-180, -90, 180, 90), shapely.segmentize(box(-170, 0, 170, 10), 90), parse_aoi("-170,0,170,10")]
+)
+def test_areas_that_go_far_around_the_globe(area):
+    assert parse_aoi(area).equals(area)
+
+
+@pytest.mark.parametrize("name", ["polygon.geojson", "point.geojson", "polygon (1).geojson", "multipolygon z.geojson"])
+def test_files_named_like_geometries(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(json.dumps(mapping(SQUARE)), encoding="utf-8-sig")  # as QGIS writes it
+    assert parse_aoi(name).equals(SQUARE)
+
+
+@pytest.mark.parametrize("head", ["POLYGONZ", "POLYGON Z", "polygon z "])
+def test_wkt_in_three_dimensions(head):
+    assert parse_aoi(f"{head}((15 45 1,16 45 1,16 46 1,15 46 1,15 45 1))").equals(box(15, 45, 16, 46))
 
 
 def test_swap_is_not_suggested_where_it_would_not_help():

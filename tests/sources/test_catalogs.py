@@ -59,6 +59,12 @@ def test_parquet_file(tmp_path):
         ("qqqqqq", "unknown catalog 'qqqqqq'; known are earth-search, planetary-computer, cdse"),
         ("nowhere/catalog.json", "no such file"),
         ("s3://bucket/catalog.json", "only http"),
+        ("http://", "names no server"),
+        ("https://[::1", "names no server"),
+        ("file:///nowhere/catalog.json", "no such file"),
+        ("x" * 5000, "unknown catalog 'x{200} [.]{3}'"),
+        ("~nobody-there/catalog.json", "no such file"),
+        (" ", "empty"),
     ],
 )
 def test_unknown(given, says):

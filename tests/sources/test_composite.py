@@ -177,5 +177,7 @@ def test_every_method_is_known_and_others_are_refused() -> None:
     for bad in ({"method": "best"}, {"mask": ("clouds",)}, {"dilate": -1.0}, {"percentile": 101.0}):
         with pytest.raises(InputError):
             CompositeSpec(**bad)
+    with pytest.raises(InputError, match="no reflectance band"):
+        composite(make_stack().sel(band=["scl"]))
     with pytest.raises(InputError, match="red and nir"):
         composite(make_stack().isel(band=[0, 3]), CompositeSpec("max-ndvi"))

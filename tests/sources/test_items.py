@@ -11,6 +11,7 @@ from s2seg.errors import InputError, S2SegWarning
 from s2seg.sources.items import BANDS, baseline, cloud_cover, epsg, normalize_items, sensing_time, sign_path, tile
 
 COG = "image/tiff; application=geotiff; profile=cloud-optimized"
+GRID_33TWL = [10, 0, 499980, 0, -10, 5100000]
 NATIVE_SHAPE = {10: [10980, 10980], 20: [5490, 5490], 60: [1830, 1830]}
 
 
@@ -149,7 +150,9 @@ def test_no_band_at_all():
 
 
 def test_normalising_twice_changes_nothing_and_the_input_is_left_alone():
-    item = make({"B02_10m": {"gsd": 10, "proj:bbox": [0, 0, 100, 200]}}, **{"proj:epsg": 32633})
+    item = make(
+        {"B02_10m": {"gsd": 10, "proj:bbox": [0, 0, 100, 200]}}, area=box(10, -1, 11, 1), **{"proj:epsg": 32633}
+    )
     before = copy.deepcopy(item.to_dict())
     once = normalize_items([item])
     assert item.to_dict() == before
@@ -181,7 +184,7 @@ def test_projection(properties, item_id, expected):
 
 def test_projection_from_an_asset_and_none_at_all():
     assert epsg(normal({"red": {"proj:code": "EPSG:32631"}}, item_id="x")) == 32631
-    with pytest.raises(InputError, match="item x states neither a projection"):
+    with pytest.raises(InputError, match="item x cannot be used: it states neither a projection"):
         normal({"red": {}}, item_id="x")
 
 
@@ -203,9 +206,57 @@ def test_tile_is_written_as_grid_code():
     ],
 )
 def test_grid_of_an_asset(asset, properties, transform, shape):
-    fields = normal({"red": asset}, **properties).assets["red"].extra_fields
+    fields = normal({"red": asset}, area=box(10, -1, 11, 1), **properties).assets["red"].extra_fields
     assert fields.get("proj:transform") == transform
     assert fields.get("proj:shape") == shape
+
+
+@pytest.mark.parametrize(
+    ("asset", "properties", "says"),
+    [
+        ({"proj:transform": "abc"}, {}, r"proj:transform \(asset 'red'\) is \"abc\", not 6 or 9 numbers"),
+        ({"proj:transform": [10, 0]}, {}, "not 6 or 9 numbers"),
+        ({"proj:transform": [0] * 6}, {}, "with pixels of some size"),
+        ({"proj:shape": "ab"}, {}, "not two whole numbers"),
+        ({"proj:shape": [0, 5]}, {}, "not two whole numbers"),
+        ({"proj:bbox": [1, 2]}, {}, "proj:bbox .* not 4 numbers"),
+        ({"eo:bands": ["blue"]}, {}, "not a list of objects"),
+        ({"bands": [{"center_wavelength": "abc"}]}, {}, "center_wavelength .* not a number"),
+        ({"raster:bands": [{"offset": []}]}, {}, "offset .* not a number"),
+        ({"roles": "data"}, {}, "roles are not text"),
+        ({}, {"eo:cloud_cover": [1]}, r"eo:cloud_cover is \[1\], not a number"),
+        ({}, {"s2:sequence": "abc"}, "s2:sequence is .* not a whole number"),
+        ({}, {"proj:code": "EPSG:99999"}, "EPSG:99999 is unknown"),
+        # a transform of zone 33, under the code of zone 34 and of the south
+        ({"proj:transform": GRID_33TWL, "proj:shape": [10980, 10980]}, {"proj:code": "EPSG:32634"}, "lies elsewhere"),
+        ({"proj:transform": GRID_33TWL, "proj:shape": [10980, 10980]}, {"proj:code": "EPSG:32733"}, "lies elsewhere"),
+        ({"proj:transform": [10, 0, 1e300, 0, -10, 1e300], "proj:shape": [9, 9]}, {}, "nowhere on earth"),
+    ],
+)
+def test_a_broken_item_is_named_and_left_out_among_others(asset, properties, says):
+    broken, sound = make({"red": asset}, item_id="b_33TWL_x", **properties), make({"red": {}}, item_id="a_33TWL_x")
+    with pytest.raises(InputError, match=f"^item b_33TWL_x cannot be used: its .*{says}") as caught:
+        normalize_items([broken])
+    assert "\n" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.warns(S2SegWarning, match=f"item b_33TWL_x is left out: its .*{says}"):
+        assert [item.id for item in normalize_items([broken, sound])] == ["a_33TWL_x"]
+
+
+def test_numbers_may_be_text_and_all_may_be_missing():
+    grid = {"proj:transform": list(map(str, GRID_33TWL)), "proj:shape": ["10980", 10980.0], "gsd": None}
+    fields = {"eo:cloud_cover": "12.5", "s2:sequence": "0", "proj:bbox": None}
+    (item,) = normalize_items([make({"red": grid}, **fields)])
+    assert item.assets["red"].extra_fields["proj:transform"] == GRID_33TWL
+    assert cloud_cover(item) == 12.5
+
+
+def test_only_a_few_broken_items_are_named():
+    broken = [make({"red": {}}, item_id=f"b{i}", **{"eo:cloud_cover": "n/a"}) for i in range(9)]
+    with pytest.warns(S2SegWarning) as caught:
+        normalize_items([*broken, make({"red": {}})])
+    assert len(caught) == 4
+    assert str(caught[3].message) == "6 more broken items are left out"
 
 
 def test_relative_links_become_absolute(tmp_path):

@@ -460,3 +460,9 @@ def test_alberta_on_its_scene(real_data):
     assert (got[:, :col] == 0).all()
     # bare ground is bright in red and vegetation is dark: so it is only where the two are aligned
     assert np.median(red[got == 3]) > 1.3 * np.median(red[got == 2])
+
+
+def test_a_geoparquet_that_changes_is_read_anew(vector):
+    for code in (3, 7):
+        source = VectorLabels(vector([(square(0, 0, 20, 20), code)], "labels.parquet"), "kind")
+        assert pixels(source)[5, 5] == code

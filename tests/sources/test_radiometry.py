@@ -248,6 +248,14 @@ def test_an_unknown_baseline_is_looked_into(tmp_path):
         assert decide_offsets([item])["scene"].subtract == 1000
 
 
+def test_a_file_that_is_replaced_is_looked_at_again(tmp_path):
+    for low_and_high, subtract in ((ADDED, 1000), (PLAIN, 0)):
+        item = make(write(tmp_path / "B04.tif", scene(*low_and_high)), **{"eo:cloud_cover": 3.0})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", S2SegWarning)
+            assert decide_offsets([item])["scene"].subtract == subtract
+
+
 def test_sure_items_and_unchecked_ones_are_not_read(tmp_path):
     missing = tmp_path / "none.tif"
     sure = make(missing, **{"s2:processing_baseline": "02.14", EARTH_SEARCH: False})

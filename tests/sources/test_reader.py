@@ -174,3 +174,13 @@ def test_a_bad_asset_is_named(tmp_path: Path, kind: str) -> None:
         read_window(AssetRef("S2A_33TWL", "nir", href), EPSG, grid(10), Window(0, 0, 200, 200))
     assert (caught.value.item_id, caught.value.band, caught.value.href) == ("S2A_33TWL", "nir", href)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("grid_epsg", [EPSG, 32634])
+def test_a_file_that_contradicts_its_item_is_not_read(tmp_path: Path, grid_epsg: int) -> None:
+    href = write(tmp_path / "a.tif", positions(40, 40), 10)
+    window = Window(0, 0, 8, 8)
+    for stated in (None, EPSG):
+        read_window(AssetRef("item", "red", href, epsg=stated), grid_epsg, grid(10), window)
+    with pytest.raises(ReadError, match="the file is in EPSG:32633, its item says EPSG:32634"):
+        read_window(AssetRef("item", "red", href, epsg=32634), grid_epsg, grid(10), window)

@@ -8,7 +8,7 @@ import pystac
 import pytest
 from shapely.geometry import MultiPolygon, Polygon, box, mapping
 
-from s2seg.errors import InputError, NoItemsError
+from s2seg.errors import InputError, NoItemsError, S2SegWarning
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.catalogs import SIGNERS, Catalog, CatalogError
 from s2seg.sources.items import sign_path
@@ -68,6 +68,13 @@ def test_parse_datetime(text, start, end):
         ("2023-02-30", "cannot be read"),
         ("0000", "cannot be read"),
         ("01.08.2023", "cannot be read"),
+        # Python reads these as one instant
+        ("20230801/20230820", "'20230801' is neither a date nor a time"),
+        ("2023-W31", "neither a date"),
+        ("2023-08-13 10:07", "neither a date"),
+        ("２０２３", "neither a date"),
+        (("2023-08-01", "2023-08-31"), "is not text"),
+        (datetime(2023, 8, 1), "is not text"),
         ("2023-08-01/2023-08-02/2023-08-03", "range of two"),
         ("", "not a date"),
         ("/", "not a date"),
@@ -186,7 +193,12 @@ def test_an_empty_catalog(save_items):
 
 @pytest.mark.parametrize(
     ("kwargs", "says"),
-    [({"max_cloud_cover": 101}, "0 to 100"), ({"max_cloud_cover": -1}, "0 to 100"), ({"limit": 0}, "at least 1")],
+    [
+        ({"max_cloud_cover": 101}, "0 to 100"),
+        ({"max_cloud_cover": -1}, "0 to 100"),
+        ({"limit": 0}, "at least 1"),
+        ({"limit": 1.5}, "at least 1"),
+    ],
 )
 def test_numbers_that_make_no_sense(make_item, save_items, kwargs, says):
     with pytest.raises(InputError, match=says):
@@ -425,12 +437,101 @@ def test_broken_links_of_a_static_catalog_name_the_file(tmp_path, make_item):
     catalog = tree(tmp_path, s2=([make_item("a")], HERE))
     item = tmp_path / "s2" / "a" / "a.json"
     item.write_text("broken")
-    with pytest.raises(CatalogError, match="not valid STAC") as caught:
+    with pytest.raises(CatalogError, match=r"none of its items can be used; item .*a\.json: it is not JSON") as caught:
         search(catalog, AOI, AUGUST)
     one_line(caught)
     item.unlink()
     with pytest.raises(CatalogError, match=r"a\.json: No such file"):
         search(catalog, AOI, AUGUST)
+
+
+def spoil(path, key, value):
+    """Change the first item of an ItemCollection, or put another in its place."""
+    document = json.loads(path.read_text())
+    if key is None:
+        document["features"][0] = value
+    elif ":" in key or key == "datetime":
+        document["features"][0]["properties"][key] = value
+    else:
+        document["features"][0][key] = value
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        (None, "<html>", 'item without an id .*: it is "<html>", not a JSON object'),
+        (None, 5, "item without an id .5.: it is 5, not a JSON object"),
+        ("type", "Catalog", 'item a: its type is "Catalog"'),
+        ("id", 5, "item 5: its id is 5, not text"),
+        ("properties", None, "item a: its properties are null"),
+        ("assets", [1], r"item a: its assets are \[1\]"),
+        ("assets", {"red": {}}, "item a: its asset 'red' has no href"),
+        ("geometry", "x", 'item a: its geometry is "x"'),
+        ("bbox", [1, 2], r"item a: its bbox is \[1, 2\]"),
+        ("bbox", "abc", "item a: its bbox is"),
+        ("links", [{"rel": "item"}], r"item a: it is not valid STAC \(KeyError: 'href'\)"),
+        ("datetime", None, "item a: it has no datetime"),
+        ("datetime", "yesterday", 'item a: its datetime is "yesterday", not a time'),
+        ("eo:cloud_cover", "n/a", 'item a: its eo:cloud_cover is "n/a", not a number'),
+    ],
+)
+def test_a_broken_item_of_a_catalog_is_named_and_left_out(make_item, save_items, key, value, says):
+    with pytest.raises(CatalogError, match=f"none of its items can be used; {says}") as caught:
+        search(spoil(save_items([make_item("a")]), key, value), AOI, AUGUST)
+    one_line(caught)
+    with pytest.warns(S2SegWarning, match=says.replace(": ", " is left out: ", 1)):
+        assert ids(search(spoil(save_items([make_item("a"), make_item("b")]), key, value), AOI, AUGUST)) == ["b"]
+
+
+def test_broken_items_of_trees_and_apis_are_left_out(tmp_path, fake_api, make_item):
+    catalog = tree(tmp_path, s2=([make_item("a"), make_item("b"), make_item("c")], HERE))
+    (tmp_path / "s2" / "a" / "a.json").write_text("<html>")
+    (tmp_path / "s2" / "c" / "c.json").write_bytes(b"\xff\xfe")
+    with pytest.warns(S2SegWarning, match=r"[ac]\.json is left out: it is not JSON"):
+        assert ids(search(catalog, AOI, AUGUST)) == ["b"]
+    items = [make_item("a"), make_item("b")]
+    items[0].properties["eo:cloud_cover"] = "n/a"
+    with fake_api(lambda body: items) as api, pytest.warns(S2SegWarning, match="item a is left out"):
+        assert ids(search(api.url, AOI, AUGUST)) == ["b"]
+
+
+def test_a_catalog_that_leads_back_to_itself_is_walked_once(tmp_path, make_item):
+    catalog = tree(tmp_path, s2=([make_item("a")], HERE))
+    collection = tmp_path / "s2" / "collection.json"
+    document = json.loads(collection.read_text())
+    document["links"] += [{"rel": "child", "href": href} for href in ("../catalog.json", "./collection.json")]
+    collection.write_text(json.dumps(document))
+    assert ids(search(catalog, AOI, AUGUST)) == ["a"]
+    with pytest.raises(NoItemsError, match="it covers lon 15"):
+        search(catalog, "5,5,6,6", AUGUST)
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ({"type": "FeatureCollection"}, "without a list of features"),
+        ({"type": "FeatureCollection", "features": None}, "without a list of features"),
+        ({"type": "Feature"}, "none of its items can be used; item without an id"),
+        ({"type": "Catalog"}, "not valid STAC"),
+        ({"type": "Collection"}, "not valid STAC"),
+    ],
+)
+def test_documents_that_say_no_more_than_their_type(tmp_path, document, says):
+    path = tmp_path / "catalog.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(CatalogError, match=says) as caught:
+        search(path, AOI, AUGUST)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("write", ["static", "items"])
+def test_a_byte_order_mark_does_no_harm(tmp_path, make_item, save_items, write):
+    path = tree(tmp_path, s2=([make_item("a")], HERE)) if write == "static" else save_items([make_item("a")])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert ids(search(path, AOI, AUGUST)) == ["a"]
+    assert ids(search(path.as_uri(), AOI, AUGUST)) == ["a"]
 
 
 def test_a_catalog_with_its_own_signing(make_item, save_items, monkeypatch):

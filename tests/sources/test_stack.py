@@ -19,6 +19,8 @@ from s2seg.sources.items import normalize_items
 from s2seg.sources.stack import geobox_for, stack
 from s2seg.testing import position_scene
 
+NORTH_UP = GeoBox((64, 64), Affine(10, 0, 499980, 0, -10, 5100000), "EPSG:32633")
+
 
 def items_in(catalog: Path) -> list[pystac.Item]:
     return normalize_items(pystac.Catalog.from_file(str(catalog)).get_items(recursive=True))
@@ -179,6 +181,36 @@ def test_a_missing_asset_is_named_when_it_is_read(tmp_path: Path) -> None:
     lazy = stack([item], own_grid(item, "nir"), ["nir", "red"])
     with pytest.raises(ReadError) as caught:
         lazy.compute()
+    assert (caught.value.item_id, caught.value.band) == (item.id, "red")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bands": []}, "bands must be a list"),
+        ({"bands": "red"}, "bands must be a list"),
+        ({"chunksize": 0}, "chunksize 0"),
+        ({"chunksize": (0, 64)}, "chunksize"),
+        ({"resampling": "cubic"}, "unknown resampling 'cubic'; choose nearest or bilinear"),
+        ({"offsets": {}}, "offsets has no entry for item"),
+        ({"geobox": NORTH_UP.flipy()}, "north up"),
+        ({"geobox": NORTH_UP.rotate(20)}, "north up"),
+    ],
+)
+def test_arguments_that_make_no_sense(tmp_path: Path, change: dict, says: str) -> None:
+    (item,) = items_in(position_scene(tmp_path))
+    with pytest.raises(InputError, match=says):
+        stack([item], **{"bands": ["red"], "geobox": own_grid(item, "red"), **change})
+
+
+def test_a_file_in_another_zone_than_its_item_is_told(tmp_path: Path) -> None:
+    (item,) = items_in(position_scene(tmp_path))
+    grid = own_grid(item, "red")
+    item.properties |= {"proj:epsg": 32634, "proj:code": "EPSG:32634"}
+    for asset in item.assets.values():  # so that its bounds come from its footprint, and it is read
+        del asset.extra_fields["proj:transform"]
+    with pytest.raises(ReadError, match="the file is in EPSG:32633, its item says EPSG:32634; mend") as caught:
+        stack([item], grid, ["red"]).compute()
     assert (caught.value.item_id, caught.value.band) == (item.id, "red")
 
 
