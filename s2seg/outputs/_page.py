@@ -35,6 +35,8 @@ Image = npt.NDArray[np.uint8]
 MARGIN = 0.35
 INK, FAINT, EDGE = "#222222", "#666666", "#999999"
 BLANK = 255  # white: no data
+_GREY = 178  # and where there are classes of clouds or snow
+_NEARLY_WHITE = 230
 
 _DPI = 200
 _PNG_LEVEL = 3  # in two thirds of the time of the usual 6, for a few percent more bytes
@@ -46,9 +48,14 @@ _ROW = 0.24  # of a key
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
+def blank_of(legend: Legend) -> int:
+    """Grey level of what a legend does not have: white, but where a class is nearly white."""
+    return _GREY if any(min(c.rgb) > _NEARLY_WHITE for c in legend) else BLANK
+
+
 def colored(codes: npt.NDArray[np.uint8], legend: Legend) -> Image:
-    """(...) legend codes -> (..., 3) in the legend's colours; what the legend does not have is white."""
-    table = np.full((256, 3), BLANK, np.uint8)
+    """(...) legend codes -> (..., 3) in the legend's colours; :func:`blank_of` what the legend does not have."""
+    table = np.full((256, 3), blank_of(legend), np.uint8)
     for c in legend:
         table[c.code] = c.rgb
     return table[codes]
@@ -58,17 +65,25 @@ def scene_image(scene: xr.DataArray) -> tuple[Image, str]:
     """(..., band, y, x) DN with 0 for nodata -> (..., y, x, 3), and what it shows.
 
     In true colour, or in false colour where red, green or blue is missing; stretched from the 2nd to the 98th
-    percentile of all three bands together, and brightened where clouds or water set the scale.
+    percentile of all three bands together, and brightened where clouds or water set the scale. Several dates share the
+    stretch of the clearest.
     """
     bands, label = three_bands([str(b) for b in scene["band"].to_numpy()])
     planes = scene.sel(band=bands).transpose("band", ..., "y", "x").to_numpy().astype(np.uint16)
     valid = planes.min(axis=0) > 0
     image = np.full((*valid.shape, 3), BLANK, np.uint8)
     if valid.any():
-        table = _stretch(planes[:, valid])
+        table = _stretch(planes[:, valid] if valid.ndim == 2 else _clearest(planes, valid))
         for channel, plane in enumerate(planes):
             np.copyto(image[..., channel], table[plane], where=valid)
     return image, label
+
+
+def _clearest(planes: npt.NDArray[np.uint16], valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint16]:
+    """Values of the date with the fewest clouds: the least bright of those that see at least half of what any does."""
+    seen = valid.sum(axis=(1, 2))
+    dates = [planes[:, i][:, valid[i]] for i in np.flatnonzero(seen >= seen.max() / 2)]
+    return min(dates, key=lambda values: float(np.percentile(values, 98)))
 
 
 def _stretch(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:

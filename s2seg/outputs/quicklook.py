@@ -17,7 +17,7 @@ import xarray as xr
 
 from s2seg.legend import LandClass, Legend
 from s2seg.outputs._files import check_writable
-from s2seg.outputs._page import EDGE, FAINT, INK, MARGIN, Head, Image, Page, colored, fit, scene_image
+from s2seg.outputs._page import BLANK, EDGE, FAINT, INK, MARGIN, Head, Image, Page, blank_of, colored, fit, scene_image
 
 _Array = TypeVar("_Array", xr.DataArray, xr.Dataset)
 
@@ -76,6 +76,7 @@ def write_quicklook(
     legend: Legend,
     title: str,
     subtitle: str = "",
+    inside: npt.NDArray[np.bool_] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Draw composite and map side by side (a wide area: one above the other), with a legend of what is present.
@@ -94,6 +95,8 @@ def write_quicklook(
         Classes; shares are percentages of the pixels that have one.
     title, subtitle
         Two lines at the top: what and where; date and model.
+    inside
+        (y, x) which pixels of ``land_cover`` are of the area, if not all: the others are neither counted nor drawn.
     overwrite
         Replace what stands at ``path``.
 
@@ -110,7 +113,7 @@ def write_quicklook(
     path = check_writable(path, overwrite=overwrite)
     codes = land_cover.transpose("y", "x").to_numpy()
     images = [] if composite is None else [scene_image(composite)]
-    images.append((colored(codes, legend), "Land cover"))
+    images.append((_map_image(codes, legend, inside), "Land cover"))
     aspect = codes.shape[1] / codes.shape[0]
     wide = aspect > 1.7 and len(images) > 1
     width, height = fit(aspect, 8.5 if wide else 5.2, 3.4 if wide else 6.0)
@@ -119,7 +122,8 @@ def write_quicklook(
         _Panel(image, label, *((0.0, i * (height + _LABEL + 0.1)) if wide else (i * (cell + _GAP), 0.0)), width, height)
         for i, (image, label) in enumerate(images)
     ]
-    _draw(path, panels, _metres_across(land_cover), codes, legend, title, subtitle)
+    counted = codes if inside is None else codes[..., inside]
+    _draw(path, panels, _metres_across(land_cover), _entries(counted, legend), title, subtitle)
     return path
 
 
@@ -131,6 +135,7 @@ def write_quicklook_series(
     legend: Legend,
     title: str,
     subtitle: str = "",
+    inside: npt.NDArray[np.bool_] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Draw maps of several dates in columns, each below its image, up to six to a row, with one legend for all.
@@ -140,10 +145,10 @@ def write_quicklook_series(
     path
         Where the PNG goes.
     composites
-        (time, band, y, x), as in :func:`write_quicklook`; one stretch for all dates.
+        (time, band, y, x), as in :func:`write_quicklook`; one stretch for all dates, that of the clearest.
     land_cover
         (time, y, x) codes with a geobox.
-    legend, title, subtitle, overwrite
+    legend, title, subtitle, inside, overwrite
         As in :func:`write_quicklook`; shares are over all dates.
 
     Returns
@@ -159,7 +164,7 @@ def write_quicklook_series(
     path = check_writable(path, overwrite=overwrite)
     codes = land_cover.transpose("time", "y", "x").to_numpy()
     dates = np.datetime_as_string(land_cover["time"].to_numpy().astype("datetime64[m]"))
-    rows_of_images = [colored(codes, legend)]
+    rows_of_images = [_map_image(codes, legend, inside)]
     if composites is not None:
         rows_of_images.insert(0, scene_image(composites)[0])
     aspect = codes.shape[2] / codes.shape[1]
@@ -172,7 +177,8 @@ def write_quicklook_series(
         for row, column in [divmod(i, columns)]
         for k, (images, label) in enumerate(zip(rows_of_images, (date.replace("T", " "), ""), strict=False))
     ]
-    _draw(path, panels, _metres_across(land_cover), codes, legend, title, subtitle)
+    counted = codes if inside is None else codes[..., inside]
+    _draw(path, panels, _metres_across(land_cover), _entries(counted, legend), title, subtitle)
     return path
 
 
@@ -194,6 +200,13 @@ def class_shares(codes: npt.NDArray[np.uint8], legend: Legend) -> list[tuple[Lan
 # -- page -------------------------------------------------------------------------------------------------------------
 
 
+def _map_image(codes: npt.NDArray[np.uint8], legend: Legend, inside: npt.NDArray[np.bool_] | None) -> Image:
+    image = colored(codes, legend)
+    if inside is not None:
+        image[..., ~inside, :] = BLANK
+    return image
+
+
 def _metres_across(land_cover: xr.DataArray) -> float:
     geobox = land_cover.odc.geobox
     across: float = abs(geobox.resolution.x) * geobox.shape.x
@@ -207,14 +220,12 @@ def _draw(
     path: Path,
     panels: Sequence[_Panel],
     metres: float,
-    codes: npt.NDArray[np.uint8],
-    legend: Legend,
+    entries: Sequence[_Entry],
     title: str,
     subtitle: str,
 ) -> None:
     right = max(p.x + max(p.width, 1.3) for p in panels)
     bottom = max(p.y + p.height for p in panels)
-    entries = _entries(codes, legend)
     page_width = MARGIN + right + _GAP + _LEGEND_WIDTH + MARGIN
     head = Head(title, subtitle, page_width)
     top = head.height + _LABEL
@@ -252,7 +263,7 @@ def _scale(page: Page, x: float, y: float, width: float, metres: float) -> None:
 
 def _round_length(at_most: float) -> float:
     power = 10.0 ** math.floor(math.log10(at_most))
-    return next(step * power for step in (5, 2, 1) if step * power <= at_most)
+    return next((step * power for step in (5, 2) if step * power <= at_most), power)
 
 
 @dataclass(frozen=True)
@@ -281,7 +292,7 @@ def _entries(codes: npt.NDArray[np.uint8], legend: Legend) -> list[_Entry]:
     empty = int((~np.isin(codes, legend.codes)).sum()) / codes.size * 100
     if empty:
         amount = f"{empty:.1f} %" if empty >= 0.05 else "< 0.1 %"
-        entries.append(_Entry((f"no data ({amount} of all)",), "", "white", EDGE))
+        entries.append(_Entry((f"no data ({amount} of all)",), "", str(blank_of(legend) / 255), EDGE))
     return entries
 
 

@@ -27,6 +27,7 @@ from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_qu
 from s2seg.outputs.stac import write_item
 from s2seg.outputs.zarr import open_stored, pieces
 from s2seg.pipeline.plan import Plan
+from s2seg.sources.clip import inside, needs_clip
 from s2seg.sources.composite import composite, per_date
 from s2seg.sources.items import sensing_time
 from s2seg.sources.radiometry import Offset
@@ -116,19 +117,30 @@ def _write_picture(
     """Draw the quicklook; returns the pixels of each code in each map, (date, 256), which the same reading counts."""
     scene = _picture(plan, offsets)
     counts, small = _survey(maps)
+    within = None
+    if needs_clip(plan.aoi):
+        within = _inside(plan, small.odc.geobox)
+        scene = scene.where(_inside(plan, scene.odc.geobox), 0)
     days = dict.fromkeys(f"{sensing_time(item):%Y-%m-%d}" for item in (dates[0][1][0], dates[-1][1][-1]))
     title = " to ".join(days)
     subtitle = f"{plan.model.spec.name} {plan.model.sha256[:8]} - {plan.geobox.crs} - {plan.options.resolution:g} m"
     legend = plan.model.spec.legend
     if plan.options.dates_apart:
         write_quicklook_series(
-            path, composites=scene, land_cover=small, legend=legend, title=title, subtitle=subtitle,
+            path, composites=scene, land_cover=small, legend=legend, title=title, subtitle=subtitle, inside=within,
         )  # fmt: skip
     else:
         write_quicklook(
-            path, composite=scene, land_cover=small, legend=legend, title=title, subtitle=subtitle,
+            path, composite=scene, land_cover=small, legend=legend, title=title, subtitle=subtitle, inside=within,
         )  # fmt: skip
     return counts
+
+
+def _inside(plan: Plan, geobox: GeoBox) -> npt.NDArray[np.bool_]:
+    """Which pixels of a small grid touch the area."""
+    height, width = geobox.shape
+    mask: npt.NDArray[np.bool_] = inside(plan.aoi, geobox, ((height,), (width,))).compute()
+    return mask
 
 
 def _survey(maps: xr.DataArray) -> tuple[npt.NDArray[np.int64], xr.DataArray]:

@@ -6,7 +6,9 @@ from odc.geo.geobox import GeoBox
 from odc.geo.xr import xr_coords
 
 from s2seg.errors import OutputError
-from s2seg.legend import Legend
+from s2seg.legend import LandClass, Legend
+from s2seg.outputs import quicklook
+from s2seg.outputs._page import colored, scene_image
 from s2seg.outputs.quicklook import class_shares, thumbnail, write_quicklook, write_quicklook_series
 from tests.outputs.conftest import codes, grid
 from tests.pictures import pixels
@@ -205,3 +207,42 @@ def test_what_exists_is_replaced_only_on_request(tmp_path, legend):
     write_quicklook(path, composite=None, land_cover=land, legend=legend, title="B", overwrite=True)
     assert path.read_bytes() != before
     assert [p.name for p in tmp_path.iterdir()] == ["q.png"]
+
+
+def test_dates_share_the_stretch_of_the_clearest():
+    rng = np.random.default_rng(0)
+    land = rng.integers(200, 1500, (3, 60, 80), dtype="uint16")
+    cloud = rng.integers(6000, 9000, (3, 60, 80), dtype="uint16")
+    edge = np.where(np.arange(80) < 5, land // 2, 0).astype("uint16")  # a dark strip is no clear date
+    image, _ = scene_image(as_map(np.stack([cloud, land, edge]), band=["red", "green", "blue"]))
+    alone, _ = scene_image(as_map(land, band=["red", "green", "blue"]))
+    np.testing.assert_array_equal(image[1], alone)
+    assert image[0].min() == 255
+
+
+@pytest.mark.parametrize(("color", "grey"), [("#f2f2f2", 178), ("#c0b0a0", 255)])
+def test_no_data_differs_from_every_class(color, grey):
+    legend = Legend("two", (LandClass(1, "a", "#102030"), LandClass(2, "b", color)))
+    assert colored(np.array([[0, 2]], "uint8"), legend)[0, 0].tolist() == [grey] * 3
+
+
+def test_what_lies_outside_is_neither_counted_nor_drawn(tmp_path, monkeypatch, legend):
+    values = np.full((60, 80), legend.codes[0], "uint8")
+    values[:, 40:] = legend.codes[1]
+    values[:30, :40] = legend.nodata
+    inside = np.zeros(values.shape, bool)
+    inside[:, :40] = True
+    told = []
+    monkeypatch.setattr(quicklook, "_legend", lambda page, x, y, entries: told.extend(entries))
+    path = write_quicklook(
+        tmp_path / "q.png", composite=None, land_cover=as_map(values), legend=legend, title="t", inside=inside
+    )
+    assert [(e.lines[0], e.share) for e in told] == [(legend.names[0], "100.0 %"), ("no data (50.0 % of all)", "")]
+    assert len(where(pixels(path), legend.colors[0])) and not len(where(pixels(path), legend.colors[1]))
+
+
+@pytest.mark.parametrize("at_most", [0.1, 0.3, 1.0, 10 / 3, 999.9, 1000.0, 1e-5])
+def test_a_scale_bar_has_a_round_length(at_most):
+    length = quicklook._round_length(at_most)
+    assert at_most / 2.51 <= length <= at_most * 1.000001
+    assert f"{length:.0e}"[0] in "125"
