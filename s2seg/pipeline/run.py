@@ -157,7 +157,8 @@ def _open_session(plan: Plan) -> tuple[str, str]:
     options = plan.options
     session = SessionRef(plan.model.path, plan.model.sha256, options.runtime, options.device, options.precision)
     if current_client() is None:
-        return _name_session(session)
+        opened, why = choose_session(plan.model, options.runtime, options.device, options.precision)
+        return opened.name, why
     with gpu_annotations(session):
         name, why = delayed(_name_session)(session).compute(optimize_graph=False)
     return name, why

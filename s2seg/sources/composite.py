@@ -45,6 +45,7 @@ DEFAULT_MASK = (
     "thin_cirrus",
 )
 
+_FARTHEST = 10_000  # metres that a mask can grow by
 _OUTSIDE = len(SCL_CLASSES)
 """No class: what lies outside the grid is unknown, and masks nothing within."""
 
@@ -89,8 +90,8 @@ class CompositeSpec:
         unknown = [name for name in self.mask if name not in SCL_CLASSES]
         if unknown:
             raise InputError(f"unknown SCL class {unknown[0]!r}: choose among {', '.join(SCL_CLASSES)}")
-        if self.dilate < 0:
-            raise InputError(f"the mask can grow by 0 metres or more, not {self.dilate:g}")
+        if not 0 <= self.dilate <= _FARTHEST:
+            raise InputError(f"the mask can grow by 0 to {_FARTHEST:,} metres, not {self.dilate:g}")
         if not 0 <= self.percentile <= 100:
             raise InputError(f"percentile must lie between 0 and 100, not {self.percentile:g}")
 
@@ -206,10 +207,12 @@ def _scl(stack: xr.DataArray, spec: CompositeSpec) -> da.Array | None:
     radius = round(spec.dilate / abs(stack.odc.geobox.resolution.x))
     if radius == 0:
         return scl
-    return da.map_overlap(
-        _grow, scl, depth={2: radius, 3: radius}, boundary={2: _OUTSIDE, 3: _OUTSIDE}, mask=spec.mask, radius=radius,
+    height, width = (min(radius, size) for size in scl.shape[-2:])
+    grown: da.Array = da.map_overlap(
+        _grow, scl, depth={2: height, 3: width}, boundary={2: _OUTSIDE, 3: _OUTSIDE}, mask=spec.mask, radius=radius,
         dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16),
     )  # fmt: skip
+    return grown.rechunk(scl.chunks)  # dask joins blocks that are smaller than what they need of their neighbours
 
 
 def _grow(scl: Pixels, mask: tuple[str, ...], radius: int) -> Pixels:

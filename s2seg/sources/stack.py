@@ -294,7 +294,7 @@ def geobox_for(
     aoi
         Area in lon/lat, as :func:`~s2seg.sources.aoi.parse_aoi` returns it.
     resolution
-        Pixel size in the CRS's units (metres).
+        Pixel size in metres.
     items
         Where the resolution allows it, pixel edges are put on the edges of these items' pixels, so that no resampling
         is needed.
@@ -304,9 +304,9 @@ def geobox_for(
     Raises
     ------
     InputError
-        For a resolution that is not positive, or a CRS that is unknown or geographic.
+        For a resolution that is not positive, or a CRS that is unknown, geographic or not in metres.
     """
-    if not resolution > 0:
+    if not 0 < resolution < np.inf:
         raise InputError(f"resolution must be a positive number of metres, not {resolution:g}")
     items = list(items)
     code = _utm_for(aoi, items) if crs is None else _projected(crs)
@@ -328,6 +328,8 @@ def _projected(crs: str | int) -> int:
     code = parsed.to_epsg()
     if code is None or not parsed.is_projected:
         raise InputError(f"CRS {crs!r} must be projected and have an EPSG code, such as EPSG:32633")
+    if (unit := parsed.axis_info[0]).unit_conversion_factor != 1:
+        raise InputError(f"CRS {crs!r} is in {unit.unit_name}, not in metres: choose another")
     return code
 
 

@@ -317,7 +317,10 @@ def evaluate_model(
     settings = load_config(config or own, overrides)
     check_evaluation(bundle, part, settings.legend, settings.channels)
     check_writable(folder / f"scores_{part}.json", overwrite=True)
-    places, store = prepare(settings, _chips_to_score(chips, bundle.folder, folder, settings), on_progress=on_progress)
+    scored = _chips_to_score(chips, bundle.folder, folder, settings)
+    if output is None and chips is None and scored != bundle.folder / CHIPS and (bundle.folder / CHIPS).exists():
+        raise InputError(f"these are not the chips of {bundle.folder}, whose scores are its own: pass --output")
+    places, store = prepare(settings, scored, on_progress=on_progress)
     forest = baseline(store, settings.fit.seed) if with_baseline else None
     result = evaluate(bundle, store, places, part=part, forest=forest, on_progress=on_progress)
     return result, write_evaluation(result, folder, bundle.spec.name)

@@ -12,6 +12,7 @@ import torch
 from dask.base import tokenize
 
 from s2seg.errors import ModelError, S2SegWarning
+from s2seg.legend import Legend
 from s2seg.models import (
     SessionRef,
     available_runtimes,
@@ -24,6 +25,7 @@ from s2seg.models import (
 )
 from s2seg.models import runtimes as runtimes_module
 from s2seg.models.runtimes import LAYERS, expected_session, onnxrt
+from s2seg.models.runtimes.onnxrt import OnnxSession
 from s2seg.models.runtimes.openvino import OpenVinoSession
 from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
 
@@ -365,6 +367,14 @@ def test_a_damaged_onnx_file_is_noticed_before_it_runs(free, tmp_path):
     (target / "model.onnx").write_bytes(content)
     with pytest.raises(ModelError, match="SHA-256"):
         load_model(target)
+
+
+def test_an_onnx_file_with_other_classes_than_the_legend_is_named(free):
+    fewer = Legend("fewer", free.spec.legend.classes[:-1])
+    session = OnnxSession(replace(free, spec=replace(free.spec, legend=fewer)), "cpu", "float32")
+    bands = len(free.spec.bands)
+    with pytest.raises(ModelError, match=rf"answers \(1, {len(fewer) + 1}, 64, 64\) to .* another network's legend"):
+        session.classify(np.ones((1, bands, 64, 64), np.uint16), 0, {"class"})
 
 
 def test_saved_weights_are_the_networks_own(bundle, network):

@@ -132,7 +132,7 @@ def test_per_date_mosaics_each_pass_and_keeps_clouds() -> None:
     np.testing.assert_array_equal(got.observations.values, (seen[[0, 2]] | seen[[1, 3]]).astype(int))
 
 
-@pytest.mark.parametrize("radius", [1, 2, 7])
+@pytest.mark.parametrize("radius", [1, 2, 7, 70])
 def test_the_mask_grows_by_a_disc_across_chunk_borders(radius: int) -> None:
     stack = make_stack(2, size=60, chunk=16)
     pixels = stack.values
@@ -174,9 +174,12 @@ def test_the_graph_has_one_task_a_block() -> None:
 def test_every_method_is_known_and_others_are_refused() -> None:
     for method in METHODS:
         composite(make_stack(2), CompositeSpec(method)).compute()
-    for bad in ({"method": "best"}, {"mask": ("clouds",)}, {"dilate": -1.0}, {"percentile": 101.0}):
+    for bad in ({"method": "best"}, {"mask": ("clouds",)}, {"percentile": 101.0}):
         with pytest.raises(InputError):
             CompositeSpec(**bad)
+    for metres in (-1.0, np.nan, np.inf):
+        with pytest.raises(InputError, match="the mask can grow by 0 to 10,000 metres"):
+            CompositeSpec(dilate=metres)
     with pytest.raises(InputError, match="no reflectance band"):
         composite(make_stack().sel(band=["scl"]))
     with pytest.raises(InputError, match="red and nir"):

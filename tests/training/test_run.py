@@ -130,6 +130,8 @@ def test_chips_of_other_settings_are_no_dead_end(
     (cut,) = (tmp_path / "e").glob("chips-*.zarr")
     wanted = load_config(folder / "config.yaml", other).fingerprint("data")
     assert (open_chips(cut).fingerprint, open_chips(folder / "chips.zarr").fingerprint) == (wanted, of_model)
+    with pytest.raises(InputError, match="whose scores are its own: pass --output"):
+        evaluate_model(folder, overrides=other)
     for chips, says in ((cut, "another configuration: leave out --chips"), (tmp_path / "nope.zarr", "no chips in")):
         with pytest.raises(InputError, match=says):
             evaluate_model(folder, tmp_path / "f", chips=chips)

@@ -174,10 +174,11 @@ def expected_session(
     """Name the runtime, the device and the precision that :func:`open_session` tries first; nothing is opened."""
     _check_names(bundle.path, runtime, device, precision)
     runtime = runtime if runtime != "auto" else _first_choice(bundle, device)[0]
+    _check_kind(bundle, runtime)
     if not _installed(runtime):
         return runtime, device, precision
-    device = _choose_device(bundle, runtime, device)
-    return runtime, device, _choose_precision(runtime, device, precision)
+    device, precision = _settle(bundle, runtime, device, precision)
+    return runtime, device, precision
 
 
 def available_runtimes() -> tuple[str, ...]:
@@ -253,26 +254,36 @@ def _sees_gpu(path: str) -> bool:
 
 def _open(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Session:
     """Return the one session of these choices; device and precision can still be ``auto``."""
-    library = _library(runtime)
-    if library == "torch" and bundle.is_onnx:
+    _check_kind(bundle, runtime)
+    if not _installed(runtime):
+        library = _library(runtime)
+        raise ModelError(bundle.path, f"needs {library}, which is not installed: {_EXTRAS[library]}")
+    device, precision = _settle(bundle, runtime, device, precision)
+    key = (bundle.sha256, runtime, device, precision)
+    if key not in _sessions:
+        _sessions[key] = _make(bundle, runtime, device, precision)
+    return _sessions[key]
+
+
+def _check_kind(bundle: ModelBundle, runtime: str) -> None:
+    if _library(runtime) == "torch" and bundle.is_onnx:
         raise ModelError(bundle.path, "model.onnx does not run on torch: use runtime 'onnxruntime' or 'openvino'")
     if runtime == "onnxruntime" and not bundle.is_onnx:
         raise ModelError(
             bundle.path,
             "weights.safetensors do not run on onnxruntime: use runtime 'torch' or 'openvino', or `s2seg export` it",
         )
-    if not _installed(runtime):
-        raise ModelError(bundle.path, f"needs {library}, which is not installed: {_EXTRAS[library]}")
+
+
+def _settle(bundle: ModelBundle, runtime: str, device: str, precision: str) -> tuple[str, str]:
+    """Put a device and a precision in the place of ``auto``."""
     device = _choose_device(bundle, runtime, device)
     precision = _choose_precision(runtime, device, precision)
-    if precision == "float16" and not (library == "torch" and device.startswith("cuda")):
+    if precision == "float16" and not (_library(runtime) == "torch" and device.startswith("cuda")):
         raise ModelError(
             bundle.path, f"float16 needs torch on a CUDA device, not {runtime} on {device}: use precision 'bfloat16'"
         )
-    key = (bundle.sha256, runtime, device, precision)
-    if key not in _sessions:
-        _sessions[key] = _make(bundle, runtime, device, precision)
-    return _sessions[key]
+    return device, precision
 
 
 def _choose_device(bundle: ModelBundle, runtime: str, device: str) -> str:

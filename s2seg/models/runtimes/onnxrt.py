@@ -147,6 +147,11 @@ class OnnxSession:
             scores: npt.NDArray[np.float32] = self._session.run([self._output], {self._input: x})[0]
         except ERRORS as error:
             raise ModelError(self._path, f"onnxruntime failed on {x.shape}: {one_line(error)}") from error
+        expected = (len(x), len(self._codes), *x.shape[-2:])
+        if scores.shape != expected:
+            raise ModelError(
+                self._path, f"answers {scores.shape} to {x.shape}, not {expected}: another network's legend or window?"
+            )
         return scores
 
     def _refuse_nan(self, scores: npt.NDArray[np.float32]) -> None:
