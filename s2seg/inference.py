@@ -96,11 +96,12 @@ def predict(
     MissingBandError
         If the scene lacks one of the model's bands.
     InputError
-        For an unknown layer or an empty choice.
+        For an unknown layer or an empty choice; for a scene without bands or georeference, or smaller than its margin.
     """
     unknown = set(layers) - set(LAYERS)
     if unknown or not layers:
         raise InputError(f"unknown layer {min(unknown, default='')!r}: choose among {', '.join(LAYERS)}")
+    _check_scene(scene, margin)
     scene = _select_bands(scene, model)
     if "time" in scene.dims:
         dates = [
@@ -239,6 +240,18 @@ def _bytes_per_pixel(session: tuple[str, str, str]) -> int:
 
 def _quarter(window: int, stride: int) -> int:
     return max(window // 4 // stride, 1) * stride
+
+
+def _check_scene(scene: xr.DataArray, margin: Margin) -> None:
+    missing = {"band", "y", "x"} - set(scene.dims) or {"band", "y", "x", "spatial_ref"} - set(scene.coords)
+    if missing:
+        raise InputError(
+            f"the scene has no {', '.join(sorted(missing))}: s2seg.stack and s2seg.composite make scenes, and "
+            "scene.rio.write_crs(...) puts the projection onto your own"
+        )
+    for dim, sides in zip(("y", "x"), margin, strict=True):
+        if min(sides) < 0 or sum(sides) >= scene.sizes[dim]:
+            raise InputError(f"the scene has {scene.sizes[dim]} pixels along {dim}: no room for a margin of {sides}")
 
 
 def _select_bands(scene: xr.DataArray, model: ModelBundle) -> xr.DataArray:

@@ -174,6 +174,12 @@ def test_bad_requests_are_told_apart(model: ModelBundle) -> None:
         predict(scene, model, layers=("class", "logits"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="choose among"):
         predict(scene, model, layers=())
+    with pytest.raises(InputError, match=r"no spatial_ref: .*write_crs"):
+        predict(scene.drop_vars("spatial_ref"), model)
+    with pytest.raises(InputError, match="no band"):
+        predict(scene.isel(band=0), model)
+    with pytest.raises(InputError, match=r"64 pixels along x: no room for a margin of \(40, 30\)"):
+        predict(scene, model, margin=((0, 0), (40, 30)))
 
 
 def test_fixed_and_global_networks_are_blended(model: ModelBundle, fixed_model: ModelBundle) -> None:

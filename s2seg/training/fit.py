@@ -511,8 +511,8 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
     if not (folder / LAST).is_file():
         warnings.warn(f"there is no checkpoint in {folder} to resume from: training starts anew", S2SegWarning, 4)
         return None
-    states: dict[str, Any] = load_checkpoint(folder / LAST)["callbacks"]
-    if states[_Recorder.state_key]["fingerprint"] != config.fingerprint():
+    states: dict[str, Any] = load_checkpoint(folder / LAST).get("callbacks", {})
+    if states.get(_Recorder.state_key, {}).get("fingerprint") != config.fingerprint():
         raise InputError(
             f"{folder / LAST} was made with another configuration: resume with that one (config.yaml beside it), "
             "or train anew in another folder"
