@@ -441,7 +441,9 @@ def _checks_table(bundle: Any, pixels: Any) -> Table:
     from s2seg.models.checking import check_runtimes
 
     table = Table("runtime", "device", "precision", "agreement %", "Mpx/s")
-    for row in check_runtimes(bundle, pixels):
+    with _progress() as report:
+        rows = check_runtimes(bundle, pixels, lambda done, total: report("check", done, total))
+    for row in rows:
         said = ("-", row.reason) if row.reason else (f"{100 * row.agreement:.4f}", f"{row.speed:.2f}")
         table.add_row(row.runtime, row.device or "-", row.precision, *said)
     return table

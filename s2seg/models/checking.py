@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.export import synthetic_pixels
-from s2seg.models.runtimes import Session, available_runtimes, open_session
+from s2seg.models.runtimes import COMPILED, Session, available_runtimes, open_session
 
 _SIDE, _REPEATS = 512, 3
 _CLASS = frozenset({"class"})
@@ -44,7 +45,11 @@ class RuntimeCheck:
     reason: str = ""
 
 
-def check_runtimes(bundle: ModelBundle, chips: npt.NDArray[np.uint16] | None = None) -> list[RuntimeCheck]:
+def check_runtimes(
+    bundle: ModelBundle,
+    chips: npt.NDArray[np.uint16] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[RuntimeCheck]:
     """Run a model on the same pixels with every installed runtime that reads it, in float32 and bfloat16.
 
     Parameters
@@ -53,16 +58,24 @@ def check_runtimes(bundle: ModelBundle, chips: npt.NDArray[np.uint16] | None = N
         The reference is torch in float32 on the CPU, and onnxruntime for an ONNX bundle.
     chips
         (n, band, y, x) uint16 stored numbers; without them a synthetic landscape of four windows of 512 px.
+    on_progress
+        Called with (done, total) runtimes and precisions: ``torch-compiled`` takes a quarter of a minute for each.
     """
     pixels = synthetic_pixels(bundle.spec, _SIDE // bundle.spec.stride * bundle.spec.stride) if chips is None else chips
     own, other = ("onnxruntime", "torch") if bundle.is_onnx else ("torch", "onnxruntime")
     expected = _classes(open_session(bundle, own, "cpu", "float32"), pixels)
-    return [
-        _check(bundle, runtime, precision, pixels, expected)
-        for runtime in available_runtimes()
-        if runtime != other  # it cannot read this kind of bundle
-        for precision in ("float32", "bfloat16")
-    ]
+    runtimes = [runtime for runtime in available_runtimes() if runtime != other]  # it cannot read this kind of bundle
+    if "torch" in runtimes:
+        runtimes.insert(runtimes.index("torch") + 1, COMPILED)
+    choices = [(runtime, precision) for runtime in runtimes for precision in ("float32", "bfloat16")]
+    rows: list[RuntimeCheck] = []
+    for runtime, precision in choices:
+        if on_progress is not None:
+            on_progress(len(rows), len(choices))
+        rows.append(_check(bundle, runtime, precision, pixels, expected))
+    if on_progress is not None:
+        on_progress(len(rows), len(choices))
+    return rows
 
 
 def _check(

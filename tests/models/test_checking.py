@@ -12,11 +12,17 @@ def test_every_runtime_that_reads_the_bundle_is_measured_or_says_why_not(bundle,
     def open_session(model, runtime, device, precision):
         if (runtime, precision) == ("openvino", "bfloat16"):
             raise ModelError(model.path, "this processor has no bfloat16 arithmetic")
+        if runtime == "torch-compiled":
+            raise ModelError(model.path, "needs a C++ compiler")
         return opened(model, runtime, device, precision)
 
     monkeypatch.setattr(checking, "open_session", open_session)
-    rows = {(row.runtime, row.precision): row for row in check_runtimes(bundle, smooth_pixels(30, n=2))}
-    assert {runtime for runtime, _ in rows} == {"torch", "openvino"}
+    told = []
+    checked = check_runtimes(bundle, smooth_pixels(30, n=2), lambda *step: told.append(step))
+    rows = {(row.runtime, row.precision): row for row in checked}
+    assert {runtime for runtime, _ in rows} == {"torch", "torch-compiled", "openvino"}
+    assert told == [(done, 6) for done in range(7)]
+    assert "C++ compiler" in rows["torch-compiled", "float32"].reason
     assert rows["torch", "float32"].agreement == 1
     assert rows["openvino", "float32"].agreement >= 0.9999
     assert rows["torch", "bfloat16"].agreement >= 0.995

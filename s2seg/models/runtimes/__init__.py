@@ -40,7 +40,7 @@ _EXTRAS = {
     "openvino": "pip install 's2seg[openvino]'",
     "onnxruntime": "pip install onnxruntime",
 }
-_COMPILED = "torch-compiled"
+COMPILED = "torch-compiled"
 """The torch runtime with its network compiled; it reads what torch reads, where torch runs."""
 
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -196,7 +196,7 @@ _by_ref: dict[SessionRef, Session] = {}
 
 
 def _library(runtime: str) -> str:
-    return "torch" if runtime == _COMPILED else runtime
+    return "torch" if runtime == COMPILED else runtime
 
 
 def _installed(runtime: str) -> bool:
@@ -204,8 +204,8 @@ def _installed(runtime: str) -> bool:
 
 
 def _check_names(path: str, runtime: str, device: str, precision: str) -> None:
-    if runtime not in ("auto", _COMPILED, *_MODULES):
-        raise ModelError(path, f"unknown runtime {runtime!r}: auto, {', '.join(_MODULES)}, {_COMPILED}")
+    if runtime not in ("auto", COMPILED, *_MODULES):
+        raise ModelError(path, f"unknown runtime {runtime!r}: auto, {', '.join(_MODULES)}, {COMPILED}")
     if not re.fullmatch(r"auto|cpu|(cuda|tensorrt)(:\d+)?", device):
         raise ModelError(path, f"unknown device {device!r}: auto, cpu, cuda, cuda:1 or tensorrt")
     if precision not in ("auto", "float32", "bfloat16", "float16"):
@@ -316,7 +316,7 @@ def _make(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Ses
         from s2seg.models.runtimes.pytorch import TorchSession
 
         return TorchSession(bundle, device, precision)
-    if runtime == _COMPILED:
+    if runtime == COMPILED:
         from s2seg.models.runtimes.compiling import CompiledSession
 
         return CompiledSession(bundle, device, precision)
