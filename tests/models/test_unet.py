@@ -126,6 +126,13 @@ def test_a_window_that_a_network_does_not_take_is_told_when_it_opens(other_spec,
         TorchSession(bundle, "cpu", "float32")
 
 
+def test_a_stride_that_is_not_the_networks_is_told_when_it_opens(other_spec, tmp_path):
+    spec = other_spec()
+    bundle = save_bundle(tmp_path, replace(spec, stride=1), build_network(spec).state_dict())
+    with pytest.raises(ModelError, match="the network's stride is 32, not 1"):
+        TorchSession(bundle, "cpu", "float32")
+
+
 def test_an_encoder_that_takes_no_small_image_keeps_its_layers(other_spec):
     swin = "tu-swin_tiny_patch4_window7_224"
     spec = other_spec(architecture={"name": "Unet", "encoder": swin, "encoder_depth": 2, "decoder_channels": [16, 8]})

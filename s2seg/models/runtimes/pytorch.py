@@ -63,9 +63,12 @@ def load_network(bundle: ModelBundle) -> torch.nn.Module:
     Raises
     ------
     ModelError
-        When the weights do not fit, or the network does not take the windows that it is tried on.
+        When the weights do not fit, the stride is another, or the network does not take the windows it is tried on.
     """
     network, side = _load_weights(build_network(bundle.spec), bundle).eval(), trial_side(bundle.spec)
+    stride = getattr(getattr(network, "encoder", None), "output_stride", 1)
+    if bundle.spec.stride % stride:
+        raise ModelError(bundle.path, f"the network's stride is {stride}, not {bundle.spec.stride}: save the bundle so")
     try:
         with torch.no_grad():
             network(torch.zeros(1, len(bundle.spec.bands), side, side))
