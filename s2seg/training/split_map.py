@@ -24,6 +24,7 @@ from s2seg.training.splits import PARTS
 
 _INK = "#262626"
 _HATCHES = ("", "///", "xxx")  # over the classes of train, validation, test
+_NEITHER = "no label; paler: in no part"
 _DIMMED = 0.5  # how far the labels fade to white
 _SIDE = 1000  # pixels of a panel
 _PANELS, _COLUMNS = 12, 3
@@ -77,7 +78,7 @@ def draw_split(regions: Sequence[Place], path: str | Path, legend: Legend, *, ov
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     cell = max(_LEAST, *(p.width for p in panels)) + _GAP
     heights = [_NAMES + max(p.height for p in row) + _GAP for row in rows]
-    width = columns * cell - _GAP
+    width = max(columns * cell - _GAP, _parts_key_width())
     classes = _classes(panels, legend)
     key = Key(classes, width)
     page = Page(width + 2 * MARGIN, MARGIN + sum(heights) + _PARTS_KEY + key.height + MARGIN)
@@ -153,7 +154,11 @@ def _draw_parts_key(page: Page, x: float, y: float, colors: Sequence[str]) -> No
         page.text(x + 0.5, y + 0.135, part, va="center")
         x += 0.8 + text_width(part)
     page.box(x, y + 0.05, 0.42, 0.17, "white", EDGE)
-    page.text(x + 0.5, y + 0.135, "no label; paler: in no part", va="center")
+    page.text(x + 0.5, y + 0.135, _NEITHER, va="center")
+
+
+def _parts_key_width() -> float:
+    return sum(0.8 + text_width(part) for part in PARTS) + 0.5 + text_width(_NEITHER)
 
 
 def _draw(page: Page, x: float, y: float, panel: _Panel, legend: Legend) -> None:

@@ -220,3 +220,13 @@ def test_the_split_is_drawn(tmp_path):
     assert {tuple(hue) for hue in hues} <= {tuple(hue) for hue in np.unique(bare.reshape(-1, 3).round(1), axis=0)}
     with pytest.raises(OutputError, match="exists already"):
         draw_split(areas, path, three())
+
+
+def test_what_the_parts_mean_fits_beside_a_narrow_area(tmp_path):
+    from matplotlib.image import imread
+
+    labels = patchy()[:, :40]
+    area = make_area(labels.shape, labels=labels, split=np.ones(labels.shape, np.uint8))
+    image = imread(draw_split([area], tmp_path / "split.png", three()))[..., :3]
+    margin = image[:, -20:]
+    assert margin.min() == 1, "something is cut off at the right"
