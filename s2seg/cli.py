@@ -239,14 +239,14 @@ def train_command(
     loaded = load_config(config, overrides)
     from s2seg.training.run import preview, train
 
-    with _progress() as report:
+    with _telling_notes(), _progress() as report:
         if preview_only:
             path = preview(loaded, output / "preview.png", chips=chips, overwrite=overwrite, on_progress=report)
         else:
             try:
                 result = train(loaded, output, chips=chips, resume=resume, overwrite=overwrite, on_progress=report)
-            except KeyboardInterrupt:
-                err.print("[yellow]note[/] the same command with --resume goes on from the last checkpoint")
+            except KeyboardInterrupt as stop:
+                stop.add_note("the same command with --resume goes on from the last checkpoint")
                 raise
     if preview_only:
         out.print(str(path), soft_wrap=True)

@@ -91,6 +91,18 @@ def test_who_interrupts_is_told_how_to_go_on(
     assert re.search(r"goes on from (\d+) of \1 blocks", capsys.readouterr().err)
 
 
+def test_who_interrupts_a_training_is_told_of_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("s2seg.training.config.load_config", lambda *_: None)
+    monkeypatch.setattr("s2seg.training.run.train", interrupt)
+    assert cli.main(["train", "train.yaml"]) != 0
+    assert "the same command with --resume goes on" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_dry_run_reads_and_writes_nothing(
     synthetic: SyntheticRegion, model: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
