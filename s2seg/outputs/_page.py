@@ -42,6 +42,7 @@ _PNG_LEVEL = 1  # in half of the time of the usual 6, for a few percent more byt
 _SIZE = 8.5  # points, of text
 _MIDDLE = 0.4  # how bright the median pixel of a scene should be
 _ROW = 0.24  # of a key
+_THIN = 20
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -112,7 +113,11 @@ def three_bands(available: Sequence[str]) -> tuple[list[str], str]:
 
 
 def fit(aspect: float, max_width: float, max_height: float) -> tuple[float, float]:
-    """Width and height of the largest panel of an aspect (width / height) within bounds."""
+    """Width and height of the largest panel of an aspect (width / height) within bounds.
+
+    An area thinner than one to twenty is drawn as wide as that, or it would not be seen.
+    """
+    aspect = min(max(aspect, 1 / _THIN), _THIN)
     width = min(max_width, max_height * aspect)
     return width, width / aspect
 

@@ -119,6 +119,13 @@ def test_fifteen_classes_on_wide_and_tall_areas(tmp_path, shape):
     assert (frame == 255).all(), "something runs off the page"
 
 
+def test_an_area_one_pixel_wide_is_seen(tmp_path, legend):
+    land = as_map(np.full((900, 1), 10, "uint8"))
+    picture = pixels(write_quicklook(tmp_path / "q.png", composite=None, land_cover=land, legend=legend, title="Thin"))
+    across = where(picture[picture.shape[0] // 2], legend[10].color)
+    assert len(across) > 40
+
+
 def test_one_class_and_no_class_at_all(tmp_path, legend):
     one = as_map(np.full((50, 60), 10, "uint8"))
     picture = pixels(write_quicklook(tmp_path / "1.png", composite=None, land_cover=one, legend=legend, title="One"))
