@@ -126,12 +126,19 @@ def predict(
     size = area.sizes["y"], area.sizes["x"]
     spec = chunks or chunks_for(model, core_for(model, runtime, device, precision), size)
     session = SessionRef(model.path, model.sha256, runtime, device, precision)
-    padded = _pad(scene.data, size, spec, margin)
-    ordered = [layer for layer in LAYERS if layer in layers]
-    channels = sum(_channels(layer, model.spec.legend) for layer in ordered)
+    ordered = tuple(layer for layer in LAYERS if layer in layers)
+    blocks = _predicted(_pad(scene.data, size, spec, margin), size, session, spec, ordered, model.spec.legend)
+    return _dataset(blocks, area, model, ordered)
+
+
+def _predicted(
+    padded: da.Array, size: Shape, session: SessionRef, spec: ChunkSpec, layers: tuple[Layer, ...], legend: Legend
+) -> da.Array:
+    """(band, y, x) with its padding -> (channel, y, x) of the grid's ``size``."""
     # map_overlap in its two steps, as slices of neighbours need no GPU
     around = {0: 0, 1: (spec.before, spec.after), 2: (spec.before, spec.after)}
     seen = da.overlap.overlap(padded, depth=around, boundary="none", allow_rechunk=False)
+    channels = sum(_channels(layer, legend) for layer in layers)
     with gpu_annotations(session):
         blocks = seen.map_blocks(
             _predict_block,
@@ -140,10 +147,10 @@ def predict(
             meta=np.empty((0, 0, 0), np.uint8),
             session=session,
             spec=spec,
-            layers=tuple(ordered),
-            legend=model.spec.legend,
+            layers=layers,
+            legend=legend,
         )
-    return _dataset(blocks[:, : size[0], : size[1]], area, model, ordered)
+    return blocks[:, : size[0], : size[1]]
 
 
 def gpu_annotations(session: SessionRef) -> AbstractContextManager[None]:

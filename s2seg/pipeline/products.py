@@ -22,6 +22,7 @@ from odc.geo.geobox import GeoBox
 from shapely.geometry import mapping
 
 from s2seg.errors import S2SegWarning
+from s2seg.legend import Legend
 from s2seg.outputs.cog import write_cog
 from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_quicklook_series
 from s2seg.outputs.stac import write_item
@@ -233,15 +234,13 @@ def describe_run(
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Everything needed to understand and repeat the run."""
-    legend = plan.model.spec.legend
     area = _square_kilometres(plan.geobox)
-    options = asdict(plan.options)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "catalog": catalog,
         "datetime": dates,
         "aoi": mapping(plan.aoi),
-        "options": options,
+        "options": asdict(plan.options),
         "grid": {
             "crs": str(plan.geobox.crs),
             "shape": list(plan.geobox.shape),
@@ -254,28 +253,32 @@ def describe_run(
             "sha256": plan.model.sha256,
             **session,
         },
-        "items": [
-            {
-                "id": item.id,
-                "datetime": sensing_time(item).isoformat(),
-                "assets": {band: item.assets[band].href for band in plan.bands if band in item.assets},
-                "offset": asdict(offsets[item.id]),
-            }
-            for item in plan.items
-        ],
-        "maps": [
-            {
-                "land_cover": product.land_cover,
-                "item": product.item,
-                "classes": [
-                    {"code": c.code, "name": c.name, "pixels": n, "km2": round(n * area, 4)}
-                    for c, n in zip(legend.classes, product.counts[list(legend.codes)].tolist(), strict=True)
-                ],
-                "nodata_pixels": int(product.counts[legend.nodata]),
-            }
-            for product in products
-        ],
+        "items": [_describe_item(plan, item, offsets[item.id]) for item in plan.items],
+        "maps": [_describe_map(plan.model.spec.legend, product, area) for product in products],
         "warnings": list(notes),
         "seconds": seconds,
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _VERSIONS},
+    }
+
+
+def _describe_item(plan: Plan, item: pystac.Item, offset: Offset) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "datetime": sensing_time(item).isoformat(),
+        "assets": {band: item.assets[band].href for band in plan.bands if band in item.assets},
+        "offset": asdict(offset),
+    }
+
+
+def _describe_map(legend: Legend, product: Product, area: float) -> dict[str, Any]:
+    """Files and classes of a map, whose pixels have an ``area`` in square kilometres."""
+    counts = product.counts[list(legend.codes)].tolist()
+    return {
+        "land_cover": product.land_cover,
+        "item": product.item,
+        "classes": [
+            {"code": c.code, "name": c.name, "pixels": n, "km2": round(n * area, 4)}
+            for c, n in zip(legend.classes, counts, strict=True)
+        ],
+        "nodata_pixels": int(product.counts[legend.nodata]),
     }
