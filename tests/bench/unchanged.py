@@ -10,7 +10,7 @@ import openvino
 import torch
 
 from s2seg.models import ModelBundle, build_network
-from s2seg.models.export import _network
+from s2seg.models.conversion import scaled_network
 from s2seg.models.runtimes import Session
 from s2seg.models.runtimes.openvino import OpenVinoSession
 from s2seg.models.runtimes.pytorch import TorchSession, _load_weights
@@ -42,7 +42,7 @@ class _Converted(OpenVinoSession):
         self._scratch = tempfile.TemporaryDirectory()
         file = Path(self._scratch.name, "network.xml")
         self._files = {0: file, bundle.spec.depth: file}
-        network, example = _network(bundle, tuned=False, margin=0), torch.ones(1, len(bundle.spec.bands), 64, 96)
+        network, example = scaled_network(bundle, tuned=False, margin=0), torch.ones(1, len(bundle.spec.bands), 64, 96)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # OpenVINO traces, which torch advises against
             openvino.save_model(openvino.convert_model(network, example_input=example), file, False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from s2seg.errors import InputError, ModelError, OutputError
-from s2seg.models import build_network, export, load_model, open_session, save_bundle
+from s2seg.models import build_network, conversion, load_model, open_session, save_bundle
 from s2seg.models.export import export_model
 from tests.models.conftest import LEGEND, smooth_pixels
 
@@ -115,9 +115,9 @@ def test_a_fixed_window_stays_fixed(shallow, tmp_path):
 
 @pytest.mark.parametrize("shift", [0.5, np.nan])
 def test_disagreement_is_refused_and_leaves_nothing(shallow, tmp_path, monkeypatch, shift):
-    monkeypatch.setitem(export._CONVERTERS, "torchscript", lambda network, bundle, file, example: None)
+    monkeypatch.setitem(conversion._CONVERTERS, "torchscript", lambda network, bundle, file, example: None)
     wrong = np.array([0, shift, 0], np.float32).reshape(1, 3, 1, 1) * 100
-    monkeypatch.setitem(export._OPENERS, "torchscript", lambda file: lambda x: wrong + 0 * x[:, :3])
+    monkeypatch.setitem(conversion._OPENERS, "torchscript", lambda file: lambda x: wrong + 0 * x[:, :3])
     with pytest.raises(ModelError, match=r"torchscript form names the same class as torch on .* not written"):
         export_model(shallow, "torchscript", tmp_path / "new" / "m.pt")
     assert not list(tmp_path.iterdir())
@@ -127,7 +127,7 @@ def test_what_cannot_be_converted_names_the_operator(shallow, tmp_path, monkeypa
     def fail(network, bundle, file, example):
         raise RuntimeError("No conversion\nfor the node\n  aten::col2im: at line 3")
 
-    monkeypatch.setitem(export._CONVERTERS, "openvino", fail)
+    monkeypatch.setitem(conversion._CONVERTERS, "openvino", fail)
     with pytest.raises(ModelError, match=r"cannot be converted to openvino: the operator aten::col2im \(No conversion"):
         export_model(shallow, "openvino", tmp_path / "m.xml")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from s2seg.errors import ModelError, S2SegWarning
-from s2seg.models import export, open_session, runtimes, save_bundle
+from s2seg.models import conversion, open_session, runtimes, save_bundle
 from s2seg.models.runtimes import choose_session, expected_session
 from s2seg.models.runtimes import openvino as module
 from tests.models.conftest import smooth_pixels
@@ -70,7 +70,7 @@ def test_an_operator_that_openvino_lacks(renamed, monkeypatch):
     def fail(network, bundle, file, example):
         raise RuntimeError("No conversion rule found for operations: aten::col2im")
 
-    monkeypatch.setitem(export._CONVERTERS, "openvino", fail)
+    monkeypatch.setitem(conversion._CONVERTERS, "openvino", fail)
     with pytest.raises(ModelError, match=r"cannot be converted to openvino: the operator aten::col2im"):
         open_session(renamed, "openvino")
     with pytest.warns(S2SegWarning, match=r"runs on torch, as OpenVINO does not run it: .* aten::col2im"):
@@ -86,14 +86,14 @@ def test_openvinos_own_error_names_the_operator(tmp_path, spec):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.special.bessel_j0(x)[:, :3]
 
-    with pytest.raises(export._REFUSALS) as caught, export._quiet():
-        export._to_openvino(
+    with pytest.raises(conversion.REFUSALS) as caught, conversion._quiet():
+        conversion._to_openvino(
             Odd(),
             replace(save_bundle(tmp_path / "m", spec, {}), spec=spec),
             tmp_path / "n.xml",
-            export._example(spec, 0),
+            conversion._example(spec, 0),
         )
-    assert "aten::special_bessel_j0" in export._reason(caught.value)
+    assert "aten::special_bessel_j0" in conversion.reason(caught.value)
 
 
 def test_a_network_is_converted_once_and_torch_is_not_needed_again(renamed):

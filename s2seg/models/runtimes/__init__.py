@@ -220,7 +220,7 @@ def _choose(bundle: ModelBundle, runtime: str, device: str, precision: str) -> t
     runtime, why = _first_choice(bundle, device)
     if runtime != "openvino":
         return _open(bundle, runtime, device, precision), why
-    from s2seg.models.export import ConversionError
+    from s2seg.models.conversion import ConversionError
 
     try:
         return _open(bundle, "openvino", "cpu", precision), why

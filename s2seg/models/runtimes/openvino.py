@@ -28,7 +28,8 @@ from openvino import opset13 as ops
 from s2seg.allocator import keep_freed_memory
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle, cache_folder
-from s2seg.models.export import ConversionError, write_openvino
+from s2seg.models.conversion import ConversionError
+from s2seg.models.export import write_openvino
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
 from s2seg.models.runtimes.batching import batch_for_caches
 from s2seg.models.runtimes.seams import warn_of_seams
