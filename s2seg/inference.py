@@ -307,17 +307,18 @@ def _predict_block(
     """Classify one block with its context: (band, y, x) uint16 -> (channel, y, x) uint8 of the core."""
     height, width = (n - spec.before - spec.after for n in block.shape[1:])
     core = slice(spec.before, spec.before + height), slice(spec.before, spec.before + width)
-    valid = (block != 0).all(axis=0)
-    out = np.full((sum(_channels(layer, legend) for layer in layers), height, width), NO_SCORE, dtype=np.uint8)
+    valid = np.minimum.reduce(block) != 0
+    out = np.empty((sum(_channels(layer, legend) for layer in layers), height, width), dtype=np.uint8)
     if valid[core].any():
         run = _blend if spec.blend else _trim
         network = session.open()
         # one inference at a time on a CPU: it uses every core by itself, while the other threads read ahead
         with _turns[network.parallel]:
             run(block, valid, network, spec, layers, legend, out)
-        out[:, ~valid[core]] = NO_SCORE
+    nothing = np.full((len(out), 1, 1), NO_SCORE, dtype=np.uint8)
     if "class" in layers:
-        out[0, ~valid[core]] = legend.nodata
+        nothing[0] = legend.nodata
+    np.copyto(out, nothing, where=~valid[core])
     return out
 
 

@@ -95,10 +95,7 @@ class OpenVinoSession:
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
     ) -> dict[str, npt.NDArray[np.uint8]]:
         """See :class:`s2seg.models.runtimes.Session`."""
-        answer = self._run(windows, crop, frozenset(layers))
-        if "class" in answer:
-            answer["class"] = self._codes[answer["class"]]
-        return answer
+        return self._run(windows, crop, frozenset(layers))
 
     def probabilities(self, windows: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
         """See :class:`s2seg.models.runtimes.Session`."""
@@ -123,7 +120,7 @@ class OpenVinoSession:
         try:
             with self._lock:  # a request holds one answer at a time, and uses every core by itself
                 request = self._request((x.shape, crop, outputs))
-                results = request.infer([x])
+                results = request.infer([x], share_inputs=True)
         except RuntimeError as error:
             raise ModelError(self._path, f"OpenVINO failed on {x.shape}: {one_line(error)}") from error
         answer = {name: results[name] for name in (*outputs, _CHECK)}
@@ -160,7 +157,7 @@ class OpenVinoSession:
             x = ops.add(ops.multiply(x, ops.constant(a)), ops.constant(b))
         network.get_parameters()[0].output(0).replace(x.output(0))
         scores = network.get_results()[0].input(0).get_source_output()
-        made = _answers(scores, self._activation, outputs)
+        made = _answers(scores, self._activation, outputs, self._codes)
         # the border is cut from bytes: from scores it would be a copy of four times as many, for every class
         kept = shape[-2] - 2 * crop, shape[-1] - 2 * crop
         trimmed = {name: _middle(values, kept) if name != _CHECK else values for name, values in made.items()}
@@ -209,12 +206,12 @@ def _middle(values: Any, shape: tuple[int, int]) -> Any:
     return ops.slice(values, _whole(*cut), stop, _whole(1, 1), _whole(-2, -1))
 
 
-def _answers(scores: Any, activation: str, outputs: frozenset[str]) -> dict[str, Any]:
+def _answers(scores: Any, activation: str, outputs: frozenset[str], codes: npt.NDArray[np.uint8]) -> dict[str, Any]:
     """Graph outputs by name, only those asked for, and one number that is NaN if any score is."""
     channels = _channels(scores)
     made = {_CHECK: ops.reduce_sum(reduce(ops.add, channels), _whole(0, 1, 2, 3))}
     if "class" in outputs:
-        made["class"] = ops.squeeze(ops.convert(_argmax(channels), "u8"), _whole(1))
+        made["class"] = ops.squeeze(ops.convert(_code_of_highest(channels, codes), "u8"), _whole(1))
     if outputs == {"class"}:
         return made
     probabilities = ops.softmax(scores, 1) if activation == "logits" else scores
@@ -232,13 +229,14 @@ def _channels(scores: Any) -> list[Any]:
     return list(ops.split(scores, ops.constant(np.int64(1)), count).outputs())
 
 
-def _argmax(channels: list[Any]) -> Any:
-    """Number of the first channel that none exceeds: OpenVINO's TopK, which sorts, takes four times as long."""
-    best, number = channels[0], ops.constant(np.float32(0))
-    for i, channel in enumerate(channels[1:], start=1):
-        number = ops.select(ops.greater(channel, best), ops.constant(np.float32(i)), number)
+def _code_of_highest(channels: list[Any], codes: npt.NDArray[np.uint8]) -> Any:
+    """Code of the first channel that none exceeds: OpenVINO's TopK, which sorts, takes four times as long."""
+    values = [ops.constant(np.float32(code)) for code in codes]
+    best, chosen = channels[0], values[0]
+    for channel, value in zip(channels[1:], values[1:], strict=True):
+        chosen = ops.select(ops.greater(channel, best), value, chosen)
         best = ops.maximum(channel, best)
-    return number
+    return chosen
 
 
 def _quantize(values: Any, steps: int) -> Any:
