@@ -314,8 +314,8 @@ def geobox_for(
     InputError
         For a resolution that is not positive, or a CRS that is unknown, geographic or not in metres.
     """
-    if not 0 < resolution < np.inf:
-        raise InputError(f"resolution must be a positive number of metres, not {resolution:g}")
+    if not isinstance(resolution, int | float | np.number) or not 0 < resolution < np.inf:
+        raise InputError(f"resolution must be one positive number of metres, as pixels are square, not {resolution!r}")
     items = list(items)
     code = _utm_for(aoi, items) if crs is None else _projected(crs)
     left, bottom, right, top = project(aoi, code).bounds

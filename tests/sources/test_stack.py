@@ -222,9 +222,9 @@ def test_a_file_elsewhere_in_the_zone_than_its_item_is_told(tmp_path: Path) -> N
         stack([item], grid, ["red"]).compute()
 
 
-@pytest.mark.parametrize("resolution", [0, -10, float("nan")])
-def test_a_resolution_must_be_positive(resolution: float) -> None:
-    with pytest.raises(InputError, match="resolution"):
+@pytest.mark.parametrize("resolution", [0, -10, float("nan"), (10, 10), "10"])
+def test_a_resolution_must_be_a_positive_number(resolution: float) -> None:
+    with pytest.raises(InputError, match="resolution must be one positive number of metres"):
         geobox_for(shapely.box(15, 45, 15.1, 45.1), resolution)
 
 
