@@ -165,6 +165,7 @@ def map_command(
     Example: `s2seg map --catalog earth-search --aoi field.geojson --datetime 2023-06/2023-08 --model m/ --output out/`
     """
     from s2seg.pipeline import MapOptions, map_area, plan_area
+    from s2seg.pipeline.folder import finished_run
     from s2seg.sources.composite import DEFAULT_MASK, CompositeSpec
 
     if composite == "per-date" and (mask is not None or dilate):
@@ -188,6 +189,7 @@ def map_command(
         overwrite=overwrite,
     )
     if dry_run:
+        finished_run(output, overwrite=overwrite)  # what stands in the way of a run is told here, too
         out.print(_facts_table(plan_area(catalog, aoi, datetime, model, options).describe()))
         return
     with _cluster(scheduler, workers), _telling_notes(), _progress() as report:

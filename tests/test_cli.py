@@ -109,6 +109,9 @@ def test_a_dry_run_reads_and_writes_nothing(
     assert run(good(synthetic, model, tmp_path / "out"), "--dry-run") == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file.txt").touch()
+    assert run(good(synthetic, model, tmp_path / "file.txt" / "out"), "--dry-run") == 2
+    assert "file.txt is a file, not a folder" in " ".join(capsys.readouterr().err.split())
     for what in ("items", "grid", "blocks", "to read", "peak memory"):
         assert what in printed
 

@@ -11,8 +11,8 @@ import pytest
 import s2seg
 
 LAYERS = [
-    *("allocator", "client", "errors", "yamlfile", "legend", "windows", "sources", "models", "outputs", "inference"),
-    *("postprocess", "assess", "training", "pipeline", "jobs", "cli", "__main__", "testing"),
+    *("allocator", "client", "errors", "progress", "yamlfile", "legend", "windows", "sources", "models", "outputs"),
+    *("inference", "postprocess", "assess", "training", "pipeline", "jobs", "cli", "__main__", "testing"),
 ]
 KNOW_TORCH = {"models", "inference", "training"}
 TORCH = {"torch", "torchvision", "segmentation_models_pytorch", "timm", "pytorch_lightning", "lightning"}

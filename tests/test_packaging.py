@@ -6,10 +6,13 @@ import tomllib
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from s2seg.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # joined here, so that this file does not find itself
@@ -94,6 +97,13 @@ def test_constraints_pin_all_that_is_needed():
     assert {canonicalize_name(r.name) for r in asked} - set(pins) == set()
     assert {name for name in installed if not PLATFORM_ONLY.match(name)} - set(pins) == set()
     assert [r for r in asked if not r.specifier.contains(pins[canonicalize_name(r.name)])] == []
+
+
+def test_extras_that_are_told_of_exist():
+    texts = [text for name, text in tracked_texts().items() if name.startswith(("s2seg/", "docs/", "README"))]
+    told = {name for text in texts for names in re.findall(r"s2seg\[([\w,]+)\]", text) for name in names.split(",")}
+    logs = get_args(get_args(get_type_hints(TrainConfig)["logs"])[0])
+    assert (told | set(logs)) - {"csv", "tensorboard"} - set(project()["optional-dependencies"]) == set()
 
 
 def test_typed_marker_is_shipped():

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,38 @@ _DIGITS = 7  # of a degree: centimetres
 _EDGE_POINTS = 32
 
 
+@dataclass(frozen=True)
+class MapFacts:
+    """What an item says of a finished map.
+
+    Parameters
+    ----------
+    item_id
+        Name of the item.
+    geobox, legend
+        The map's grid and classes.
+    datetime
+        The moment of a map of one date; first and last of a composite, whose ``datetime`` is null.
+    source_items
+        What the map was made from: a ``derived_from`` link to each whose address is known; ids of all of them.
+    model
+        ``name`` and ``sha256``.
+    created, version
+        When the map was made, and s2seg's version.
+    """
+
+    item_id: str
+    geobox: GeoBox
+    legend: Legend
+    datetime: dt.datetime | tuple[dt.datetime, dt.datetime]
+    source_items: Sequence[pystac.Item]
+    model: Mapping[str, str]
+    created: dt.datetime
+    version: str
+
+
 def write_item(
-    path: str | Path,
-    *,
-    geobox: GeoBox,
-    legend: Legend,
-    assets: Mapping[str, str | Path],
-    datetime: dt.datetime | tuple[dt.datetime, dt.datetime],
-    source_items: Sequence[pystac.Item],
-    model: Mapping[str, str],
-    item_id: str,
-    created: dt.datetime,
-    version: str,
-    overwrite: bool = False,
+    path: str | Path, facts: MapFacts, assets: Mapping[str, str | Path], *, overwrite: bool = False
 ) -> pystac.Item:
     """Describe a finished map as a STAC 1.1 item: projection, raster, classification and processing extensions.
 
@@ -55,19 +75,11 @@ def write_item(
     ----------
     path
         Where the item's JSON goes.
-    geobox, legend
-        The map's grid and classes.
+    facts
+        What it says of the map.
     assets
         Files by key: ``land_cover`` and ``zarr`` carry the classes, ``confidence`` its nodata. Local ones are linked
         relative to the item, so that the folder can be moved.
-    datetime
-        The moment of a map of one date; first and last of a composite, whose ``datetime`` is null.
-    source_items
-        What the map was made from: a ``derived_from`` link to each whose address is known; ids of all of them.
-    model
-        ``name`` and ``sha256``.
-    item_id, created, version
-        Name of the item, when the map was made, and s2seg's version.
     overwrite
         Replace what stands at ``path``.
 
@@ -82,21 +94,22 @@ def write_item(
         If the path exists or cannot be written.
     """
     path = check_writable(path, overwrite=overwrite)
-    moment, start, end = (datetime, None, None) if isinstance(datetime, dt.datetime) else (None, *datetime)
-    geometry, bbox = _footprint(geobox)
+    when = facts.datetime
+    moment, start, end = (when, None, None) if isinstance(when, dt.datetime) else (None, *when)
+    geometry, bbox = _footprint(facts.geobox)
     item = pystac.Item(
-        id=item_id,
+        id=facts.item_id,
         geometry=geometry,
         bbox=bbox,
         datetime=moment,
         start_datetime=start,
         end_datetime=end,
-        properties=_projection(geobox) | _processing(model, source_items, created, version),
+        properties=_projection(facts.geobox) | _processing(facts),
         stac_extensions=list(_EXTENSIONS),
     )
     for key, target in assets.items():
-        item.add_asset(key, _asset(key, target, path.parent, geobox, legend))
-    for source in source_items:
+        item.add_asset(key, _asset(key, target, path.parent, facts))
+    for source in facts.source_items:
         if href := source.get_self_href():
             item.add_link(pystac.Link("derived_from", href, pystac.MediaType.GEOJSON, title=source.id))
     with replacing(path) as partial, writing(path):
@@ -123,22 +136,22 @@ def _resolution(geobox: GeoBox) -> float:
     return float(abs(geobox.resolution.x))
 
 
-def _processing(
-    model: Mapping[str, str], source_items: Sequence[pystac.Item], created: dt.datetime, version: str
-) -> dict[str, Any]:
-    count = f"{len(source_items)} Sentinel-2 item{'' if len(source_items) == 1 else 's'}"
+def _processing(facts: MapFacts) -> dict[str, Any]:
+    model, sources = facts.model, facts.source_items
+    count = f"{len(sources)} Sentinel-2 item{'' if len(sources) == 1 else 's'}"
     return {
-        "created": pystac.utils.datetime_to_str(created),
+        "created": pystac.utils.datetime_to_str(facts.created),
         "constellation": "sentinel-2",
         "processing:level": "L4",
         "processing:lineage": f"Land cover by model {model['name']} (sha256 {model['sha256']}) from {count}",
-        "processing:software": {"s2seg": version},
+        "processing:software": {"s2seg": facts.version},
         "s2seg:model": dict(model),
-        "s2seg:source_items": [source.id for source in source_items],
+        "s2seg:source_items": [source.id for source in sources],
     }
 
 
-def _asset(key: str, target: str | Path, folder: Path, geobox: GeoBox, legend: Legend) -> pystac.Asset:
+def _asset(key: str, target: str | Path, folder: Path, facts: MapFacts) -> pystac.Asset:
+    geobox, legend = facts.geobox, facts.legend
     href = str(target)
     if not is_url(href):
         href = "./" + Path(os.path.relpath(href, folder)).as_posix()

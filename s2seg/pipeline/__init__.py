@@ -2,7 +2,8 @@
 
 from s2seg.pipeline.build import build_prediction, build_scene
 from s2seg.pipeline.plan import MapOptions, Plan, plan_area
-from s2seg.pipeline.run import MapResult, NothingMappedError, Progress, map_area
+from s2seg.pipeline.run import MapResult, NothingMappedError, map_area
+from s2seg.progress import Progress
 
 __all__ = [
     "MapOptions",

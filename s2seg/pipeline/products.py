@@ -25,7 +25,7 @@ from s2seg.errors import S2SegWarning
 from s2seg.legend import Legend
 from s2seg.outputs.cog import write_cog
 from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_quicklook_series
-from s2seg.outputs.stac import write_item
+from s2seg.outputs.stac import MapFacts, write_item
 from s2seg.outputs.zarr import open_stored, pieces
 from s2seg.pipeline.plan import Plan
 from s2seg.sources.clip import inside, needs_clip
@@ -89,22 +89,18 @@ def _write_map(
     layer = maps.isel(time=index) if plan.options.dates_apart else maps
     write_cog(layer, staged / cog, legend=plan.model.spec.legend, tags=_tags(plan))
     times = [sensing_time(i) for i in items]
-    write_item(
-        staged / item,
+    facts = MapFacts(
+        item_id=f"land-cover{suffix}" if suffix else f"land-cover_{min(times):%Y%m%d}_{max(times):%Y%m%d}",
         geobox=plan.geobox,
         legend=plan.model.spec.legend,
-        assets={
-            "land_cover": staged / cog,
-            "zarr": staged / "land_cover.zarr",
-            "quicklook": staged / "quicklook.png",
-        },
         datetime=times[0] if plan.options.dates_apart else (min(times), max(times)),
         source_items=items,
         model={"name": plan.model.spec.name, "sha256": plan.model.sha256},
-        item_id=f"land-cover{suffix}" if suffix else f"land-cover_{min(times):%Y%m%d}_{max(times):%Y%m%d}",
         created=datetime.now(UTC),
         version=importlib.metadata.version("s2seg"),
     )
+    files = {"land_cover": cog, "zarr": "land_cover.zarr", "quicklook": "quicklook.png"}
+    write_item(staged / item, facts, {key: staged / name for key, name in files.items()})
     return cog, item
 
 

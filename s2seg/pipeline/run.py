@@ -28,11 +28,9 @@ from s2seg.pipeline.fingerprint import fingerprint
 from s2seg.pipeline.folder import QUICKLOOK, RUN, ZARR, check_up_to_date, finished_run, publish, staging
 from s2seg.pipeline.plan import MapOptions, Plan, plan_area
 from s2seg.pipeline.products import Product, describe_run, write_products
+from s2seg.progress import Progress, silent
 from s2seg.sources.catalogs import Catalog, resolve_catalog
 from s2seg.sources.radiometry import decide_offsets
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, what is done, and the total."""
 
 
 class NothingMappedError(S2SegError):
@@ -98,7 +96,7 @@ def map_area(
     """
     options = options or MapOptions()
     folder = Path(output)
-    report = on_progress or _silent
+    report = on_progress or silent
     earlier = finished_run(folder, overwrite=options.overwrite)
     clock = _Clock()
     with _noted_warnings() as notes:
@@ -201,10 +199,6 @@ def _noted_warnings() -> Iterator[list[str]]:
     with warnings.catch_warnings():
         warnings.showwarning = note  # type: ignore[assignment]
         yield notes
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Report to nobody."""
 
 
 def _noting_the_start(report: Callable[[int, int], None]) -> Callable[[int, int], None]:

@@ -19,7 +19,7 @@ _WORLD = box(-180, -90, 180, 90)
 def footprint(item: pystac.Item) -> BaseGeometry | None:
     """Outline an item in lon/lat, cut at the antimeridian; None where it has no usable geometry."""
     geometry = read_geometry(item.geometry)
-    if geometry is None:
+    if geometry is None or geometry.is_empty:
         return outline(item.bbox) if item.bbox else None
     return _cut(geometry)
 
@@ -45,7 +45,7 @@ def read_geometry(geometry: Any) -> BaseGeometry | None:
 
 def _cut(geometry: BaseGeometry) -> BaseGeometry:
     """Bring each part within -180 and 180; a part wider than half the globe crossed the antimeridian unseen."""
-    west, _, east, _ = geometry.bounds if not geometry.is_empty else (0.0, 0.0, 0.0, 0.0)
+    west, _, east, _ = geometry.bounds
     if east - west <= 180 and east <= 180 and west >= -180:
         return geometry
     return shapely.union_all([_cut_part(part) for part in shapely.get_parts(geometry)])

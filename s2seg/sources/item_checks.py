@@ -17,6 +17,7 @@ import pystac
 from pystac.utils import str_to_datetime
 
 from s2seg.errors import InputError, S2SegWarning
+from s2seg.sources.footprints import footprint
 
 BROKEN = (pystac.STACError, pystac.STACTypeError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What pystac raises on broken documents: beside its own errors whatever Python says where it stumbles."""
@@ -57,7 +58,7 @@ def parse_item(document: Any, href: str | None = None) -> pystac.Item:
     Raises
     ------
     ItemError
-        If it is not an item, or :func:`check_item` refuses it.
+        If it is not an item, does not say where it lies, or :func:`check_item` refuses it.
     """
     name = _name(document, href)
     if reason := _misshapen(document):
@@ -69,6 +70,8 @@ def parse_item(document: Any, href: str | None = None) -> pystac.Item:
             name, f"it is not valid STAC ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
     check_item(item)
+    if footprint(item) is None:  # no question for a place would ever find it
+        raise ItemError(name, "it has neither a geometry that can be read nor a bbox")
     return item
 
 

@@ -74,6 +74,9 @@ _BASELINE_IN_NAME = re.compile(r"_N(\d{2})\.?(\d{2})(?:_|\.|$)")
 _TILE = re.compile(r"(?:MGRS-)?0?(\d{1,2})([C-HJ-NP-X][A-HJ-NP-Z][A-HJ-NP-V])", re.IGNORECASE)
 _TILE_IN_NAME = re.compile(r"(?:_T|_)(\d{2}[C-HJ-NP-X][A-HJ-NP-Z][A-HJ-NP-V])(?:_|\.|$)")
 
+_WITHIN = 0.9
+"""Share of an item's footprint that must lie where its pixels do, or the other way round: of real ones all does."""
+
 
 def normalize_items(items: Iterable[pystac.Item]) -> list[pystac.Item]:
     """Bring the items of any catalog into the one shape that the rest of the package expects.
@@ -237,7 +240,11 @@ def _normalize(item: pystac.Item) -> pystac.Item:
 
 
 def _check_place(item: pystac.Item, code: int) -> None:
-    """Refuse an item whose pixels, by its projection and transform, lie elsewhere than its footprint."""
+    """Refuse an item whose pixels, by its projection and transform, lie elsewhere than its footprint.
+
+    The footprint follows the pixels that are seen, or is that of a whole tile of which the files are a part: either
+    way the smaller of the two lies within the larger.
+    """
     try:
         to_lon_lat = _to_lon_lat(code)
     except CRSError:
@@ -252,7 +259,8 @@ def _check_place(item: pystac.Item, code: int) -> None:
     corners = min(left, right), min(bottom, top), max(left, right), max(bottom, top)
     west, south, east, north = to_lon_lat.transform_bounds(*corners)
     seen = outline((west, south, east, north)) if isfinite(west + south + east + north) else Polygon()
-    if not covered.intersects(seen):
+    shared = covered.intersection(seen)
+    if shared.is_empty or shared.area < _WITHIN * min(covered.area, seen.area):
         raise ItemError(
             item.id,
             f"its footprint ({_extent(covered)}) lies elsewhere than its pixels by EPSG:{code} and proj:transform "

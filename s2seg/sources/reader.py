@@ -83,6 +83,9 @@ class AssetRef:
         Dotted path of the function that signs the href just before it is opened, or None.
     epsg
         CRS of the file, as its item states it; a file that contradicts it is not read.
+    corners
+        Upper left and lower right corner (x, y) of the file in that CRS, as far as its item states them; a file whose
+        own are more than a pixel away is not read either.
     """
 
     item_id: str
@@ -92,6 +95,7 @@ class AssetRef:
     resampling: Literal["nearest", "bilinear"] = "nearest"
     sign: str | None = None
     epsg: int | None = None
+    corners: tuple[tuple[float, float], ...] = ()
 
     @property
     def remote(self) -> bool:
@@ -177,7 +181,7 @@ def _read_tiles(ref: AssetRef, epsg: int, transform: Affine, window: Window) -> 
     ratio = _ratio(tiles, epsg, transform) if tiles else None
     if tiles is None or ratio is None or ratio < 1:
         return None
-    _check_crs(tiles, ref, epsg)
+    _check_place(tiles, ref, epsg)
     if ratio == 1:
         return _copy(tiles, transform, window)
     return _repeat(tiles, transform, window, round(ratio), ref.resampling)
@@ -190,7 +194,7 @@ def _read(
     if dtype.kind != "u" or dtype.itemsize > 2:
         raise ReadError(ref.item_id, ref.band, ref.href, f"holds {dtype.name}, not uint16 digital numbers")
     ratio = _ratio(dataset, epsg, transform)
-    _check_crs(dataset, ref, None if ratio is None else epsg)
+    _check_place(dataset, ref, None if ratio is None else epsg)
     if ratio is None:
         return _warp(dataset, ref, epsg, transform, window)
     if ratio == 1:
@@ -216,12 +220,23 @@ def _ratio(dataset: Source, epsg: int, transform: Affine) -> float | None:
     return ratio if all(abs(s - round(s)) < _ALIGNED for s in shifts) else None
 
 
-def _check_crs(dataset: Source, ref: AssetRef, known: int | None) -> None:
+def _check_place(dataset: Source, ref: AssetRef, known: int | None) -> None:
     """Refuse a file that lies elsewhere than its item says; ``known`` is its EPSG code where that is settled."""
     own = known or (dataset.crs.to_epsg() if dataset.crs else None)
-    if None not in (own, ref.epsg) and own != ref.epsg:
+    if own is None or ref.epsg is None:
+        return
+    if own != ref.epsg:
         cause = f"the file is in EPSG:{own}, its item says EPSG:{ref.epsg}; mend the item's proj:code, or leave it out"
         raise ReadError(ref.item_id, ref.band, ref.href, cause)
+    to_map = dataset.transform
+    found = ("begins", to_map @ (0, 0)), ("ends", to_map @ (dataset.width, dataset.height))
+    for (verb, (x, y)), stated in zip(found, ref.corners, strict=False):
+        if max(abs(x - stated[0]), abs(y - stated[1])) > abs(to_map.a) + abs(to_map.b):
+            cause = (
+                f"the file {verb} at {x:.10g}, {y:.10g} (EPSG:{own}), by its item at {stated[0]:.10g}, "
+                f"{stated[1]:.10g}; mend the item's proj:transform and proj:shape, or leave it out"
+            )
+            raise ReadError(ref.item_id, ref.band, ref.href, cause)
 
 
 def _offset(dataset: Source, transform: Affine, unit: float) -> tuple[int, int]:

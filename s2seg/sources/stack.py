@@ -217,16 +217,17 @@ def _asset_table(
             if asset is None:
                 continue
             subtract = 0 if band == "scl" else offsets[item.id].subtract
-            ref = AssetRef(item.id, band, asset.href, subtract, resampling, sign_path(item), epsg(item))
+            ref = AssetRef(
+                item.id, band, asset.href, subtract, resampling, sign_path(item), epsg(item), _corners(asset)
+            )
             table[i, j] = ref, _asset_bounds(item, asset, geobox), (1, 0)
     return table
 
 
 def _asset_bounds(item: pystac.Item, asset: pystac.Asset, geobox: GeoBox) -> Bounds:
     """Bounds in the target CRS, a little too wide rather than too narrow."""
-    own, code = epsg(item), epsg_of(geobox)
-    affine, shape = asset.extra_fields.get("proj:transform"), asset.extra_fields.get("proj:shape")
-    if own is None or affine is None or shape is None:
+    own, code, corners = epsg(item), epsg_of(geobox), _corners(asset)
+    if own is None or len(corners) < 2:
         area = footprint(item)
         if area is None:
             box = geobox.boundingbox
@@ -234,13 +235,20 @@ def _asset_bounds(item: pystac.Item, asset: pystac.Asset, geobox: GeoBox) -> Bou
         left, bottom, right, top = transform_bounds(_LON_LAT, code, *area.bounds, densify_pts=21)
         # a footprint follows the data; the raster around it may reach further
         return left - 10_000, bottom - 10_000, right + 10_000, top + 10_000
-    to_map = Affine(*affine[:6])
-    left, top = to_map @ (0, 0)
-    right, bottom = to_map @ (shape[1], shape[0])
+    (left, top), (right, bottom) = corners
     if own == code:
         return left, bottom, right, top
     bounds: Bounds = transform_bounds(own, code, left, bottom, right, top, densify_pts=21)
     return bounds
+
+
+def _corners(asset: pystac.Asset) -> tuple[tuple[float, float], ...]:
+    """Upper left and lower right corner (x, y) in the asset's own CRS, as far as its metadata tell."""
+    affine, shape = asset.extra_fields.get("proj:transform"), asset.extra_fields.get("proj:shape")
+    if affine is None:
+        return ()
+    to_map = Affine(*affine[:6])
+    return (to_map @ (0, 0), *([to_map @ (shape[1], shape[0])] if shape else []))
 
 
 def _lazy(table: np.ndarray[Any, Any], spec: RasterSpec, chunks: tuple[Any, ...]) -> da.Array:
@@ -306,8 +314,8 @@ def geobox_for(
     InputError
         For a resolution that is not positive, or a CRS that is unknown, geographic or not in metres.
     """
-    if not 0 < resolution < np.inf:
-        raise InputError(f"resolution must be a positive number of metres, not {resolution:g}")
+    if not isinstance(resolution, int | float | np.number) or not 0 < resolution < np.inf:
+        raise InputError(f"resolution must be one positive number of metres, as pixels are square, not {resolution!r}")
     items = list(items)
     code = _utm_for(aoi, items) if crs is None else _projected(crs)
     left, bottom, right, top = project(aoi, code).bounds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ FOLDER = "checkpoints"
 BEST, LAST = "best.ckpt", "last.ckpt"
 MONITOR = "val_mean_iou"
 """What "best" means: the highest of this."""
+
+_UNREADABLE = (
+    OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What torch raises on damaged files: what Python says where its unpickler stumbles."""
 
 
 class WholeFiles(CheckpointIO):
@@ -74,19 +81,27 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     Raises
     ------
     InputError
-        When it is damaged, is no checkpoint, or holds more than tensors and plain values.
+        When it is damaged, another program's, or holds more than tensors and plain values.
     """
     try:
         # what is no archive would be tried as a bare pickle, which fails in as many ways as there are bytes
         whole = zipfile.is_zipfile(path)
         content = torch.load(path, map_location=map_location, weights_only=True) if whole else None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             f"checkpoint {path} cannot be read ({type(error).__name__}): train anew, with --overwrite"
         ) from error
-    if not (isinstance(content, dict) and "state_dict" in content):
+    if not (isinstance(content, dict) and _is_ours(content)):
         raise InputError(f"{path} is damaged, or no checkpoint of s2seg: train anew, with --overwrite")
     return content
+
+
+def _is_ours(content: dict[str, Any]) -> bool:
+    """Whether it holds weights of our module and, if any callbacks' states, that of what keeps the best."""
+    weights, states = content.get("state_dict"), content.get("callbacks", {BestAndLast.state_key: None})
+    if not isinstance(weights, dict) or not isinstance(states, dict):
+        return False
+    return BestAndLast.state_key in states and any(str(name).startswith("network.") for name in weights)
 
 
 class BestAndLast(Checkpoint):

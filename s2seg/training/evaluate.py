@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from s2seg.errors import InputError
 from s2seg.inference import predict
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
+from s2seg.progress import Progress, silent
 from s2seg.training.chips import ChipStore
 from s2seg.training.cutting import Place
 from s2seg.training.splits import PARTS
@@ -27,13 +28,6 @@ _FOREST_CHIPS = 4000
 
 _SHOWN = 4
 """Places in the picture."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, what is done, and the total."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report to nobody."""
 
 
 @dataclass(frozen=True)

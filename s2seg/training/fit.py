@@ -27,6 +27,7 @@ from s2seg.errors import InputError, ModelError, S2SegWarning
 from s2seg.models.spec import ModelSpec
 from s2seg.models.unet import build_network, pools_globally
 from s2seg.outputs._files import remove, replacing, writing
+from s2seg.progress import silent
 from s2seg.training.augment import IGNORE_INDEX, Augment, AugmentSpec
 from s2seg.training.checkpoints import BEST, FOLDER, LAST, BestAndLast, WholeFiles, load_checkpoint
 from s2seg.training.chips import ChipStore
@@ -144,9 +145,9 @@ def fit(
             training = _Training(config, chips, folder, machine, done, runs)
             if config.fit.devices == 1:
                 with open_logs(config, folder / LOGS, runs) as loggers:
-                    training.run(module, data, loggers, on_progress or _silent)
+                    training.run(module, data, loggers, on_progress or silent)
             else:
-                _run_processes(training, on_progress or _silent)
+                _run_processes(training, on_progress or silent)
     return _result(module, keeper)
 
 
@@ -489,10 +490,6 @@ class _Recorder(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         self.history = list(state_dict["history"])
-
-
-def _silent(_: Progress) -> None:
-    pass
 
 
 def _write_csv(path: Path, history: list[dict[str, float]]) -> None:

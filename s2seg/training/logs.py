@@ -18,7 +18,9 @@ from s2seg.training.config import TrainConfig
 
 LOGS = "logs"
 _PROJECT = "s2seg"
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_EXTRAS = {"tensorboard": "train", "wandb": "wandb", "mlflow": "mlflow"}
+"""Log, which is also the name of its package -> the extra that brings it."""
+
 _REFUSALS = {"wandb": ("wandb", "Error"), "mlflow": ("mlflow.exceptions", "MlflowException")}
 """What these raise for no key, no server, no such run."""
 
@@ -34,11 +36,11 @@ def check_logs(names: Sequence[str]) -> None:
     Raises
     ------
     InputError
-        Naming the package.
+        Naming the extra that brings it.
     """
     for name in names:
-        if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise InputError(f"logs: {name} needs the package {_PACKAGES[name]} (pip install {_PACKAGES[name]})")
+        if name in _EXTRAS and importlib.util.find_spec(name) is None:
+            raise InputError(f"logs: {name} is not installed: pip install 's2seg[{_EXTRAS[name]}]'")
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def open_logs(config: TrainConfig, folder: Path, runs: Mapping[str, str]) -> Ite
     finished = False
     try:
         for name in config.logs:
-            if name in _PACKAGES:
+            if name in _EXTRAS:
                 loggers[name] = _open(name, config, folder, runs.get(name))
         yield loggers
         finished = True

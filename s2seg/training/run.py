@@ -14,20 +14,13 @@ from s2seg.assess.scores import Scores
 from s2seg.errors import InputError, OutputError
 from s2seg.models.bundle import SPEC_FILE, ModelBundle, load_model, save_bundle
 from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.progress import Progress, silent
 from s2seg.training.checkpoints import FOLDER as CHECKPOINTS
 from s2seg.training.checkpoints import LAST
 from s2seg.training.chips import ChipStore, holds_chips, open_chips, write_chips
 from s2seg.training.config import TilesConfig, TrainConfig, load_config
 from s2seg.training.cutting import Place
-from s2seg.training.evaluate import (
-    Evaluation,
-    Progress,
-    baseline,
-    check_evaluation,
-    evaluate,
-    silent,
-    write_evaluation,
-)
+from s2seg.training.evaluate import Evaluation, baseline, check_evaluation, evaluate, write_evaluation
 from s2seg.training.fit import FitResult, check_fit, fit
 from s2seg.training.fit import Progress as FitProgress
 from s2seg.training.regions import chip_spec, open_regions, split_spec, warn_of_empty_classes

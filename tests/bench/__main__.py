@@ -39,6 +39,9 @@ SUITES = {
 }
 """Name -> module of tests.bench with ``measure(folder, console, quick) -> figures``."""
 
+ENDLESS = 10_000
+"""Columns where nobody watches: a file has no edge, so each table is as wide as it needs to be."""
+
 FULL = {"peers", "scale"}
 """Suites that can go on to sizes that take longer."""
 
@@ -58,7 +61,7 @@ def main() -> None:
     if options.against and not options.against.exists():
         parser.error(f"{options.against} does not exist: a run with --json {options.against} makes it")
     then = json.loads(options.against.read_text()) if options.against else {}
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else ENDLESS)
     console.print(f"[bold]s2seg bench[/] on {machine()}")
     options.folder.mkdir(parents=True, exist_ok=True)
     kept = options.json or options.folder / "figures.json"

@@ -16,7 +16,7 @@ from shapely.geometry import Point, shape
 
 from s2seg.errors import OutputError
 from s2seg.legend import Legend
-from s2seg.outputs.stac import write_item
+from s2seg.outputs.stac import MapFacts, write_item
 from tests.outputs.conftest import grid
 
 DAY = dt.datetime(2023, 8, 6, 10, 7, 49, 24000, tzinfo=dt.UTC)
@@ -26,17 +26,10 @@ def source(item_id, href=None):
     return pystac.Item(item_id, {"type": "Point", "coordinates": [15, 46]}, [15, 46, 15, 46], DAY, {}, href=href)
 
 
-def write(folder, geobox=None, legend=None, **changes):
-    arguments = {
-        "geobox": geobox or grid(300, 400),
-        "legend": legend or Legend.load("worldcover"),
-        "assets": {
-            "land_cover": folder / "land_cover.tif",
-            "zarr": folder / "land_cover.zarr",
-            "confidence": folder / "extra" / "confidence.tif",
-            "quicklook": folder / "quicklook.png",
-            "run": folder / "run.json",
-        },
+def write(folder, assets=None, overwrite=False, **changes):
+    facts = {
+        "geobox": grid(300, 400),
+        "legend": Legend.load("worldcover"),
         "datetime": DAY,
         "source_items": [source("S2A_1", "https://stac.example/S2A_1.json"), source("S2B_2")],
         "model": {"name": "unet", "sha256": "ab" * 32},
@@ -44,7 +37,14 @@ def write(folder, geobox=None, legend=None, **changes):
         "created": dt.datetime(2024, 1, 2, 3, 4, 5, tzinfo=dt.UTC),
         "version": "0.1.0",
     }
-    return write_item(folder / "item.json", **(arguments | changes))
+    files = {
+        "land_cover": folder / "land_cover.tif",
+        "zarr": folder / "land_cover.zarr",
+        "confidence": folder / "extra" / "confidence.tif",
+        "quicklook": folder / "quicklook.png",
+        "run": folder / "run.json",
+    }
+    return write_item(folder / "item.json", MapFacts(**(facts | changes)), assets or files, overwrite=overwrite)
 
 
 def validate(values):

@@ -230,6 +230,12 @@ def test_grid_of_an_asset(asset, properties, transform, shape):
         # a transform of zone 33, under the code of zone 34 and of the south
         ({"proj:transform": GRID_33TWL, "proj:shape": [10980, 10980]}, {"proj:code": "EPSG:32634"}, "lies elsewhere"),
         ({"proj:transform": GRID_33TWL, "proj:shape": [10980, 10980]}, {"proj:code": "EPSG:32733"}, "lies elsewhere"),
+        # 20 km to the south of the footprint
+        (
+            {"proj:transform": [10, 0, 499980, 0, -10, 5080000], "proj:shape": [10980, 10980]},
+            {"area": box(15.1, 45.2, 16.3, 46)},
+            "lies elsewhere",
+        ),
         ({"proj:transform": [10, 0, 1e300, 0, -10, 1e300], "proj:shape": [9, 9]}, {}, "nowhere on earth"),
     ],
 )

@@ -184,3 +184,34 @@ def test_a_file_that_contradicts_its_item_is_not_read(tmp_path: Path, grid_epsg:
         read_window(AssetRef("item", "red", href, epsg=stated), grid_epsg, grid(10), window)
     with pytest.raises(ReadError, match="the file is in EPSG:32633, its item says EPSG:32634"):
         read_window(AssetRef("item", "red", href, epsg=32634), grid_epsg, grid(10), window)
+
+
+@pytest.mark.parametrize("stated", [(), ((0.5, -9.9),), ((-9.9, 0), (0, 9.9))])
+@pytest.mark.parametrize("grid_epsg", [EPSG, 32634])
+def test_an_item_may_err_by_less_than_a_pixel(tmp_path: Path, grid_epsg: int, stated: tuple) -> None:
+    ref = AssetRef("item", "red", write(tmp_path / "a.tif", positions(40, 40), 10), epsg=EPSG, corners=off(*stated))
+    read_window(ref, grid_epsg, grid(10), Window(0, 0, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        (((5000, 0),), "the file begins at 500000, 5100000 (EPSG:32633), by its item at 505000, 5100000; mend"),
+        (((0, -11), (0, -11)), "the file begins at 500000, 5100000 (EPSG:32633), by its item at 500000, 5099989; mend"),
+        (((0, 0), (400, -400)), "the file ends at 500400, 5099600 (EPSG:32633), by its item at 500800, 5099200; mend"),
+    ],
+)
+@pytest.mark.parametrize("grid_epsg", [EPSG, 32634])
+def test_a_file_elsewhere_than_its_item_says_is_not_read(
+    tmp_path: Path, grid_epsg: int, stated: tuple, says: str
+) -> None:
+    ref = AssetRef("item", "red", write(tmp_path / "a.tif", positions(40, 40), 10), epsg=EPSG, corners=off(*stated))
+    with pytest.raises(ReadError) as caught:
+        read_window(ref, grid_epsg, grid(10), Window(0, 0, 8, 8))
+    assert says in str(caught.value)
+
+
+def off(*shifts: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    """Corners of a file of 40 x 40 pixels, as an item states them that is so many metres off."""
+    true = (LEFT, TOP), (LEFT + 400, TOP - 400)
+    return tuple((x + dx, y + dy) for (x, y), (dx, dy) in zip(true, shifts, strict=False))

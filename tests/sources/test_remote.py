@@ -152,6 +152,12 @@ def test_attempts_are_bounded_and_one_line_names_the_asset(store: Store, status:
     assert store.requests < 20
 
 
+def test_a_file_elsewhere_than_its_item_says_is_not_read(store: Store) -> None:
+    ref = AssetRef("i", "red", store.href, epsg=EPSG, corners=((503_000, 5_100_000),))
+    with pytest.raises(ReadError, match=r"the file begins at 500000, 5100000 .*, by its item at 503000, 5100000"):
+        read_window(ref, EPSG, grid(10), WHOLE)
+
+
 def test_a_file_that_is_cut_short_is_named(store: Store) -> None:
     store.content = store.content[:40_000]
     np.testing.assert_array_equal(

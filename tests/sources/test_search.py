@@ -485,6 +485,14 @@ def test_a_broken_item_of_a_catalog_is_named_and_left_out(make_item, save_items,
         assert ids(search(spoil(save_items([make_item("a"), make_item("b")]), key, value), AOI, AUGUST)) == ["b"]
 
 
+@pytest.mark.parametrize("geometry", [None, {"type": "Polygon", "coordinates": []}, {"type": "Polygon"}])
+def test_an_item_that_lies_nowhere_is_named_and_left_out(make_item, save_items, geometry):
+    boxed = spoil(save_items([make_item("a"), make_item("b")]), "geometry", geometry)
+    assert ids(search(boxed, AOI, AUGUST)) == ["a", "b"]
+    with pytest.warns(S2SegWarning, match="item a is left out: it has neither a geometry that can be read nor a bbox"):
+        assert ids(search(spoil(boxed, "bbox", None), AOI, AUGUST)) == ["b"]
+
+
 def test_broken_items_of_trees_and_apis_are_left_out(tmp_path, fake_api, make_item):
     catalog = tree(tmp_path, s2=([make_item("a"), make_item("b"), make_item("c")], HERE))
     (tmp_path / "s2" / "a" / "a.json").write_text("<html>")

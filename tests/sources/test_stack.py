@@ -214,9 +214,17 @@ def test_a_file_in_another_zone_than_its_item_is_told(tmp_path: Path) -> None:
     assert (caught.value.item_id, caught.value.band) == (item.id, "red")
 
 
-@pytest.mark.parametrize("resolution", [0, -10, float("nan")])
-def test_a_resolution_must_be_positive(resolution: float) -> None:
-    with pytest.raises(InputError, match="resolution"):
+def test_a_file_elsewhere_in_the_zone_than_its_item_is_told(tmp_path: Path) -> None:
+    (item,) = items_in(position_scene(tmp_path))
+    grid = own_grid(item, "red")
+    item.assets["red"].extra_fields["proj:transform"][2] += 20
+    with pytest.raises(ReadError, match=r"the file begins at .*, by its item at .*; mend the item's proj:transform"):
+        stack([item], grid, ["red"]).compute()
+
+
+@pytest.mark.parametrize("resolution", [0, -10, float("nan"), (10, 10), "10"])
+def test_a_resolution_must_be_a_positive_number(resolution: float) -> None:
+    with pytest.raises(InputError, match="resolution must be one positive number of metres"):
         geobox_for(shapely.box(15, 45, 15.1, 45.1), resolution)
 
 

@@ -213,7 +213,7 @@ def test_a_network_that_pools_globally_is_bound_to_the_chips_size(chips):
         ({"fit": {"accelerator": "gpu", "devices": 64}}, "64 GPUs are asked for"),
         ({"fit": {"accelerator": "cpu", "precision": "float16"}}, "float16 needs a GPU"),
         ({"fit": {"devices": 3}}, "cannot be shared evenly by 3"),
-        ({"logs": ["csv", "wandb"]}, "wandb needs the package wandb"),
+        ({"logs": ["csv", "wandb"]}, r"wandb is not installed: pip install 's2seg\[wandb\]'"),
         ({"bands": ["nir", "red"]}, "other bands or another legend"),
         ({"optimizer": {"name": "sgd", "learning_rate": 1e30}, "schedule": "none"}, "lower optimizer.learning_rate"),
     ],
