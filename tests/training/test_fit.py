@@ -30,7 +30,12 @@ HARD = {
         "network": {"architecture": "PSPNet", "arguments": {"encoder_depth": 3, "psp_dropout": 0.5}},
         "augment": {"noise": 0.01, "cutmix": 0.5},
     },
-    "cosine, weighted": {"schedule": "cosine", "class_weights": "inverse_frequency", "loss": "dice + cross_entropy"},
+    "cosine, weighted, last kept": {
+        "schedule": "cosine",
+        "class_weights": "inverse_frequency",
+        "loss": "dice + cross_entropy",
+        "fit": {"keep": "last"},
+    },
 }
 
 
@@ -158,6 +163,18 @@ def test_gives_up_when_nothing_gets_better(chips, tmp_path, monkeypatch):
     first = fit(config, chips, tmp_path)
     assert (first.best_epoch, len(first.history)) == (1, 3)
     assert len(fit(config, chips, tmp_path, resume=True).history) == 3
+
+
+@pytest.mark.parametrize(("keep", "epoch", "name"), [("best", 1, "best.ckpt"), ("last", 2, "last.ckpt")])
+def test_the_epoch_that_is_asked_for_is_kept(chips, tmp_path, monkeypatch, keep, epoch, name):
+    scores = iter((0.7, 0.5))
+    monkeypatch.setattr(Scores, "mean_iou", property(lambda _: next(scores)))
+    result = fit(toy_config(fit={"epochs": 2, "keep": keep}), chips, tmp_path)
+    assert (result.best_epoch, result.kept_epoch) == (1, epoch)
+    assert (result.spec.provenance["best_epoch"], result.spec.provenance["kept_epoch"]) == (1, epoch)
+    assert result.spec.metrics["val_loss"] == result.history[epoch - 1]["val_loss"]
+    weights = load_checkpoint(tmp_path / "checkpoints" / name)["state_dict"]
+    assert same({f"network.{k}": v for k, v in result.network.state_dict().items()}, weights)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(chips, tmp_path, monkeypatch):
