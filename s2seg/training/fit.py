@@ -375,6 +375,7 @@ def _descent(config: TrainConfig, batches: int) -> Descent:
         weight_decay=settings.weight_decay,
         freeze_encoder=settings.freeze_encoder,
         schedule=config.schedule,
+        average=config.fit.average,
     )
 
 
@@ -397,7 +398,7 @@ def _result(module: SegmentationModule, keeper: BestAndLast, keep: Literal["best
         },
         metrics={name: row[name] for name in _SCORES},
     )
-    return FitResult(module.network.eval(), spec, history, best_epoch, kept_epoch)
+    return FitResult(module.fitted.eval(), spec, history, best_epoch, kept_epoch)
 
 
 # -- where it runs, and what it leaves behind -------------------------------------------------------------------------

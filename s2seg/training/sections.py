@@ -337,6 +337,10 @@ class FitConfig(Section):
     )
     batch_size: PositiveInt = Field(default=16, description="chips in a batch")
     accumulate: PositiveInt = Field(default=1, description="batches summed before the weights move")
+    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="keep a moving average of the weights, with this decay in each step, such as 0.99; 0: none",
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the arithmetic; auto: bfloat16 where the machine is fast at it"
     )
