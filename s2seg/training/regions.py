@@ -19,7 +19,7 @@ from s2seg.sources.search import search
 from s2seg.sources.stack import aligned_chunks, geobox_for
 from s2seg.training.chips import ChipSpec
 from s2seg.training.config import AreaConfig, TrainConfig
-from s2seg.training.splits import SplitSpec, split_by_area, split_by_blocks, split_by_geometries
+from s2seg.training.splits import Counts, SplitSpec, split_by_area, split_by_blocks, split_by_geometries
 
 _CHUNK = 1024
 _CHUNK_BYTES = 384 * 2**20
@@ -44,6 +44,8 @@ class Region:
         (y, x) uint8: 0 for no part, else the index in :data:`~s2seg.training.splits.PARTS` plus 1.
     items
         Ids of the source items.
+    counted
+        Labels of each part, where the split was drawn by counting them; see :class:`~s2seg.training.splits.Counted`.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Region:
     labels: xr.DataArray
     split: xr.DataArray
     items: tuple[str, ...]
+    counted: Counts | None = None
 
 
 def scene_spec(config: TrainConfig) -> SceneSpec:
@@ -112,7 +115,7 @@ def _open_area(area: AreaConfig, config: TrainConfig) -> list[Region]:
     dates = max(len(found), *(len(of_date) for of_date in found))
     chunks = aligned_chunks(items, geobox, _side(dates, len(config.bands) + 1))
     labels = read_labels(source, geobox, config.legend, chunks=chunks, remap=area.labels.remap)
-    split = _split(area, labels, config)
+    split, counted = _split(area, labels, config)
     return [
         Region(
             name=area.name,
@@ -121,6 +124,7 @@ def _open_area(area: AreaConfig, config: TrainConfig) -> list[Region]:
             labels=labels,
             split=split,
             items=tuple(item.id for item in of_date),
+            counted=counted,
         )
         for date, of_date in zip(area.datetime, found, strict=True)
     ]
@@ -145,12 +149,13 @@ def _scene(
     return scene if scene.band.values.tolist() == channels else scene.sel(band=channels)
 
 
-def _split(area: AreaConfig, labels: xr.DataArray, config: TrainConfig) -> xr.DataArray:
+def _split(area: AreaConfig, labels: xr.DataArray, config: TrainConfig) -> tuple[xr.DataArray, Counts | None]:
+    """The split, and what its parts have of each class if that is known by then."""
     spec = split_spec(config)
     if spec.by == "area":
-        return split_by_area(labels, str(area.split))
+        return split_by_area(labels, str(area.split)), None
     if spec.by == "geometries":
-        return split_by_geometries(labels, spec)
+        return split_by_geometries(labels, spec), None
     return split_by_blocks(labels, spec, config.legend.codes)
 
 
