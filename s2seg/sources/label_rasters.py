@@ -33,7 +33,7 @@ from s2seg.errors import InputError, ReadError
 from s2seg.legend import Legend
 from s2seg.sources.catalogs import load_signer
 from s2seg.sources.items import sign_path
-from s2seg.sources.label_codes import code_table, crs_of, resolve, unknown
+from s2seg.sources.label_codes import Gathered, UnknownLabelsError, code_table, crs_of, resolve
 from s2seg.sources.reader import GDAL_ENV
 
 Resampling = Literal["mode", "nearest"]
@@ -153,12 +153,12 @@ class RasterOnGrid:
 
         Raises
         ------
-        InputError
+        UnknownLabelsError
             For values that neither the legend nor the remap explains.
         ReadError
             If the file cannot be read.
         """
-        s = self.samples
+        s, unknown = self.samples, Gathered()
         out = np.full((rows.stop - rows.start, cols.stop - cols.start), self.legend.nodata, dtype=np.uint8)
         u = (np.arange(cols.start * s, cols.stop * s) + 0.5) / s
         height = max(1, _STRIP // (len(u) * s))
@@ -166,9 +166,11 @@ class RasterOnGrid:
             for top in range(rows.start, rows.stop, height):
                 bottom = min(top + height, rows.stop)
                 v = (np.arange(top * s, bottom * s) + 0.5) / s
-                points = self._sample(dataset, *_locate(self.file, self.geobox, v, u))
-                if points is not None:
-                    out[top - rows.start : bottom - rows.start] = self._vote(points)
+                with unknown.piece():
+                    points = self._sample(dataset, *_locate(self.file, self.geobox, v, u))
+                    if points is not None:
+                        out[top - rows.start : bottom - rows.start] = self._vote(points)
+        unknown.check()
         return out
 
     def _sample(
@@ -207,11 +209,11 @@ class RasterOnGrid:
         np.copyto(found, np.int16(self.legend.nodata), where=~valid)
         return found
 
-    def _unknown(self, pixels: npt.NDArray[Any]) -> InputError:
+    def _unknown(self, pixels: npt.NDArray[Any]) -> UnknownLabelsError:
         values = np.unique(pixels).tolist()
         if len(self.file.bands) == 1:
-            return unknown(self.file.href, values, self.legend)
-        return unknown(self.file.href, [f"#{value:06x}" for value in values], self.legend, "colors")
+            return UnknownLabelsError(self.file.href, values, self.legend)
+        return UnknownLabelsError(self.file.href, [f"#{value:06x}" for value in values], self.legend, "colors")
 
     def _vote(self, points: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
         """Majority of the points of each pixel; nodata has no vote.

@@ -23,7 +23,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from s2seg.errors import InputError, S2SegWarning
 from s2seg.legend import Legend
-from s2seg.sources.label_codes import code_table, resolve, unknown
+from s2seg.sources.label_codes import UnknownLabelsError, code_table, resolve
 from s2seg.training.splits import PARTS, deal, split_by_area
 
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
@@ -210,7 +210,8 @@ class _Codes:
             known |= here
         if not known.all():
             lost = np.unique(values[~known]).tolist()
-            raise unknown(str(path), [f"#{v:06x}" for v in lost] if what == "colors" else lost, self.legend, what)
+            named = [f"#{value:06x}" for value in lost] if what == "colors" else lost
+            raise UnknownLabelsError(str(path), named, self.legend, what)
         return codes
 
 
