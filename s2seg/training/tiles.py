@@ -29,6 +29,7 @@ from s2seg.training.splits import PARTS, deal, split_by_area
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 _LISTED = 3
+_ALPHA = "; a PNG holds 1 or 3 besides alpha, a GeoTIFF any number (not alpha: gdal_edit.py -colorinterp_4 undefined)"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def read_tiles(
     legend
         What the masks mean.
     bands
-        Names of the images' bands, in the files' order (an alpha band after them is a mask).
+        Names of the images' bands, in the files' order (an alpha band after them is a mask). A GeoTIFF holds any
+        number; a PNG one or three, since its fourth is alpha; a JPEG one or three.
     fractions, seed
         The split over whole tiles, drawn at random, where no sub-folders give one.
 
@@ -250,7 +252,10 @@ def _check_pair(image: Path, mask: Path, bands: Sequence[str]) -> tuple[int, int
             raise InputError(f"{image} has {a.shape} pixels, and its mask {mask} {b.shape}")
         alpha = ColorInterp.alpha in a.colorinterp
         if a.count - alpha != len(bands):
-            raise InputError(f"{image} has {a.count - alpha} bands, and {len(bands)} are named: {', '.join(bands)}")
+            raise InputError(
+                f"{image} has {a.count - alpha} bands{' and alpha' if alpha else ''}, and {len(bands)} are named: "
+                f"{', '.join(bands)}{_ALPHA if a.count == len(bands) else ''}"
+            )
         if a.dtypes[0] not in ("uint8", "uint16"):
             raise InputError(f"{image} holds {a.dtypes[0]}: convert it to Byte or UInt16 (reflectance x 10000)")
         if not np.issubdtype(np.dtype(b.dtypes[0]), np.integer):
