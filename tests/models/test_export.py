@@ -65,6 +65,15 @@ def test_answers_as_torch_does_at_any_size(exported, shallow):
         np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), expected, atol=1e-4)
 
 
+def test_only_the_onnx_form_is_a_model_again(exported):
+    if exported.kind == "onnx":
+        assert load_model(exported.path).is_onnx
+        return
+    for path in (exported.path, exported.path.parent):
+        with pytest.raises(ModelError, match=r"a file for other programs .* export that with --kind onnx$"):
+            load_model(path)
+
+
 def test_the_file_says_what_it_is(exported):
     if exported.kind == "onnx":
         import onnx
