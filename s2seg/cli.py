@@ -340,7 +340,10 @@ def evaluate_command(
 def export_command(
     model: Annotated[str, typer.Option(help="A model bundle: a folder or an fsspec URL.")],
     kind: Annotated[str, typer.Option(help="onnx, torchscript or openvino.")],
-    output: Annotated[Path, typer.Option(parser=_local, help="Where to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(parser=_local, help="Where to write: a folder (onnx), a .pt (torchscript) or an .xml (openvino)."),
+    ],
     chips: Annotated[Path | None, typer.Option(help="Chip store to compare on [default: the model's own].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:

@@ -148,7 +148,7 @@ def _check_target(kind: str, path: str | Path, overwrite: bool) -> Path:
             raise InputError(f"{path}: an ONNX export is a folder with model.onnx in it; give a name without .onnx")
         check_replaceable(target.resolve(), overwrite)
     elif target.suffix != _SUFFIXES[kind]:
-        raise InputError(f"{path}: the file of a {kind} export ends in {_SUFFIXES[kind]}")
+        raise InputError(f"{path}: with --kind {kind} a file is written, whose name must end in {_SUFFIXES[kind]}")
     elif target.exists() and not overwrite:
         raise OutputError(str(path), "it exists already; pass --overwrite (overwrite=True) or choose another path")
     return target

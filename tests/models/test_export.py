@@ -157,7 +157,7 @@ def test_missing_packages_are_named_by_extra(shallow, tmp_path, monkeypatch):
     [
         ("tflite", "m.tflite", None, "choose onnx, torchscript, openvino"),
         ("onnx", "m.onnx", None, "without .onnx"),
-        ("openvino", "m.bin", None, "ends in .xml"),
+        ("openvino", "m.bin", None, "with --kind openvino a file is written, whose name must end in .xml"),
         ("torchscript", "m.pt", np.zeros((1, 3, 64, 64), np.uint16), r"\(n, 4, y, x\) is needed"),
         ("torchscript", "m.pt", np.zeros((1, 4, 64, 64), np.float32), "uint16"),
         ("torchscript", "m.pt", np.zeros((1, 4, 64, 60), np.uint16), "multiples of the stride 8"),
