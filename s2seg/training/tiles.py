@@ -23,7 +23,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from s2seg.errors import InputError, S2SegWarning
 from s2seg.legend import Legend
-from s2seg.sources.label_codes import UnknownLabelsError, code_table, resolve
+from s2seg.sources.label_codes import UNKNOWN, UnknownLabelsError, code_table, encode, resolve
 from s2seg.training.splits import PARTS, deal, split_by_area
 
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
@@ -194,27 +194,19 @@ class _Codes:
     def translate(self, mask: npt.NDArray[Any], path: Path, nodata: float | None) -> npt.NDArray[np.uint8]:
         """(band, y, x) of a mask -> (y, x) legend codes."""
         if len(mask) >= 3:
-            packed = (mask[0].astype(np.int64) << 16) | (mask[1].astype(np.int64) << 8) | mask[2]
-            return self._look_up(packed, self.colors, path, "colors")
-        table = dict(self.values)
-        if nodata is not None:
-            table[int(nodata)] = self.legend.nodata
-        return self._look_up(mask[0].astype(np.int64), table, path, "values")
+            red, green, blue = mask[:3].astype(np.uint32)
+            return self._look_up((red << 16) | (green << 8) | blue, self.colors, path, "colors")
+        own = {} if nodata is None else {int(nodata): self.legend.nodata}
+        return self._look_up(mask[0], {**self.values, **own}, path, "values")
 
     def _look_up(
-        self, values: npt.NDArray[np.int64], table: Mapping[int, int], path: Path, what: str
+        self, pixels: npt.NDArray[Any], table: Mapping[int, int], path: Path, what: str
     ) -> npt.NDArray[np.uint8]:
-        codes = np.full(values.shape, self.legend.nodata, np.uint8)
-        known = np.zeros(values.shape, bool)
-        for value, code in table.items():  # a few comparisons take less time than sorting millions of pixels
-            here = values == value
-            codes[here] = code
-            known |= here
-        if not known.all():
-            lost = np.unique(values[~known]).tolist()
-            named = [f"#{value:06x}" for value in lost] if what == "colors" else lost
-            raise UnknownLabelsError(str(path), named, self.legend, what)
-        return codes
+        codes = encode(pixels, table)
+        unknown = codes == UNKNOWN
+        if unknown.any():
+            raise UnknownLabelsError(str(path), np.unique(pixels[unknown]).tolist(), self.legend, what)
+        return codes.astype(np.uint8)
 
 
 def _packed(color: str) -> int:
