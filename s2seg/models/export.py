@@ -92,7 +92,7 @@ def export_model(
     """
     target = _check_target(kind, path, overwrite)
     check_packages(bundle, kind)
-    pixels = synthetic_pixels(bundle.spec) if chips is None else _check_chips(bundle.spec, chips)
+    pixels = synthetic_pixels(bundle.spec) if chips is None else check_chips(bundle.spec, chips)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"model{_SUFFIXES.get(kind, '.onnx')}"
         run = convert(bundle, kind, file)
@@ -154,7 +154,14 @@ def _check_target(kind: str, path: str | Path, overwrite: bool) -> Path:
     return target
 
 
-def _check_chips(spec: ModelSpec, chips: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+def check_chips(spec: ModelSpec, chips: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Return (n, band, y, x) uint16 stored numbers as they are, if a model can run on them.
+
+    Raises
+    ------
+    InputError
+        Which they should be: the model's bands, and its window or multiples of its stride.
+    """
     if chips.ndim != 4 or chips.shape[1] != len(spec.bands) or not len(chips) or chips.dtype != np.uint16:
         raise InputError(
             f"chips are {chips.dtype} {chips.shape}; uint16 (n, {len(spec.bands)}, y, x) is needed, with at least one"
