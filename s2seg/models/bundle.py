@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 SPEC_FILE = "model.json"
+CONFIG_FILE = "config.yaml"
+"""What a model was trained with, if ``s2seg train`` wrote it: it goes with the model, and is not needed to run it."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _REFUSED = (
     "refused: pickled weights can run code when they are loaded. Where you trust the file, load it with torch "
@@ -302,7 +304,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
         return
     if not (target / SPEC_FILE).is_file():
         raise OutputError(str(target), f"the folder holds other things (no {SPEC_FILE}): choose another")
-    ours = {SPEC_FILE, *WEIGHTS_FILES.values()}
+    ours = {SPEC_FILE, CONFIG_FILE, *WEIGHTS_FILES.values()}
     if more := sorted(path.name for path in target.iterdir() if path.name not in ours):
         raise OutputError(
             str(target), f"the folder holds more than a model, which is never removed ({more[0]}): choose another"
