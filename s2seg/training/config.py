@@ -177,6 +177,7 @@ class TrainConfig(Section):
         """
         values = self.model_dump(mode="json", include=set(_DATA) if part == "data" else None, exclude={"name", "logs"})
         values["seasons"] = list(self.seasons.items())  # their order is the channels'
+        del values["chips"]["store"]  # where pixels are kept does not change them
         if part == "all":
             values["fit"] = {k: v for k, v in values["fit"].items() if k not in ("accelerator", "devices")}
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

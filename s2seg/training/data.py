@@ -26,11 +26,8 @@ _AHEAD = 3  # batches: one in use, one ready, one being read
 class Chips(Protocol):
     """What a feed reads from; :class:`s2seg.training.chips.ChipStore` is one."""
 
-    def images(self, indices: Positions) -> npt.NDArray[np.uint16]:
-        """Stored numbers (n, band, h, w)."""
-
-    def labels(self, indices: Positions) -> npt.NDArray[np.uint8]:
-        """Legend codes (n, h, w)."""
+    def read(self, indices: Positions) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
+        """Stored numbers (n, band, h, w), and legend codes (n, h, w)."""
 
 
 class Feed:
@@ -75,7 +72,8 @@ class Feed:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, indices: Positions) -> Batch:
-        return _tensor(self._chips.images(indices)), _tensor(self._chips.labels(indices))
+        images, labels = self._chips.read(indices)
+        return _tensor(images), _tensor(labels)
 
 
 def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:

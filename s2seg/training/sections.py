@@ -266,6 +266,11 @@ class ChipsConfig(Section):
     min_labelled: Share = Field(default=0.1, description="least share of labelled pixels")
     max_nodata: Share = Field(default=0.5, description="greatest share of pixels without data, clouds among them")
     drop_only: tuple[str, ...] = Field(default=(), description="classes by name: a chip of nothing else is left out")
+    store: bool = Field(
+        default=True,
+        description="false: chips are not written to disk, but read from their scenes whenever they are asked for: "
+        "slower, for areas whose chips would not fit",
+    )
 
     @model_validator(mode="after")
     def _no_gaps(self) -> ChipsConfig:

@@ -14,19 +14,16 @@ class FakeChips:
     """Chips that hold their own index, and remember who read what."""
 
     broken: int = -1
-    read: list[tuple[int, ...]] = field(default_factory=list)
+    asked: list[tuple[int, ...]] = field(default_factory=list)
 
-    def images(self, indices):
+    def read(self, indices):
         if self.broken in indices:
             raise ValueError(f"chip {self.broken} is broken")
         assert threading.current_thread() is not threading.main_thread()
-        self.read.append(tuple(indices))
+        self.asked.append(tuple(indices))
         image = np.broadcast_to(np.asarray(indices, np.uint16)[:, None, None, None], (len(indices), 2, 4, 4))
         image.flags.writeable = False
-        return image
-
-    def labels(self, indices):
-        return np.zeros((len(indices), 4, 4), np.uint8)
+        return image, np.zeros((len(indices), 4, 4), np.uint8)
 
 
 def numbers(batches):
@@ -56,7 +53,7 @@ def test_no_more_than_a_few_batches_are_read_ahead():
     batches = iter(Feed(chips, lambda _: [np.array([i]) for i in range(20)], lambda: 0))
     next(batches)
     batches.close()
-    assert len(chips.read) <= 4
+    assert len(chips.asked) <= 4
     assert not [t for t in threading.enumerate() if t.name.startswith("s2seg-chips")]
 
 
