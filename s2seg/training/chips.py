@@ -574,7 +574,8 @@ class _Writer:
         """Store a batch and return it, empty."""
         self._sums.add(batch.images[i] for i in batch.train)
         with writing(self.path):
-            for shards, pixels in zip(self._shards, (batch.images, batch.labels), strict=False):
+            planes: tuple[npt.NDArray[Any], ...] = (batch.images, batch.labels)
+            for shards, pixels in zip(self._shards, planes, strict=False):
                 shards.write(number, pixels[: batch.count])
         return replace(batch, train=[], count=0)
 

@@ -229,6 +229,8 @@ class TrainConfig(Section):
             yield f"split.by: tiles are split by fractions or by their sub-folders, not by {self.split.by}"
         if self.tiles and self.seasons:
             yield "seasons: tiles have no dates; list all their bands under bands"
+        if self.tiles and self.augment.mixed_dates:
+            yield "augment.mixed_dates: tiles have no dates; set it to 0"
         for i, area in enumerate(self.areas):
             yield from self._check_area(f"areas.{i}", area)
         parts = {area.split for area in self.areas}

@@ -299,17 +299,22 @@ class Blocks:
 
     def under(self, window: Window) -> Iterator[tuple[int, int]]:
         """Places of the blocks that hold a window's pixels."""
-        touched = [
+        rows, cols = (
             range(bisect_right(edges, start) - 1, bisect_left(edges, min(start + window.size, edges[-1])))
             for edges, start in zip(self._edges, (window.row, window.col), strict=True)
-        ]
-        return product(*touched)
+        )
+        return product(rows, cols)
 
     def copy(self, block: Pixels, row: int, col: int, window: Window, pixels: Pixels) -> None:
         """Copy what a block (..., y, x) holds of a window to where it belongs in the window's own (..., size, size)."""
-        source, target = [], []
-        for edges, i, start in zip(self._edges, (row, col), (window.row, window.col), strict=True):
-            first, last = max(edges[i], start), min(edges[i + 1], start + window.size)
-            source.append(slice(first - edges[i], last - edges[i]))
-            target.append(slice(first - start, last - start))
-        pixels[..., *target] = block[..., *source]
+        (y, to_y), (x, to_x) = (
+            _overlap(edges[i], edges[i + 1], start, start + window.size)
+            for edges, i, start in zip(self._edges, (row, col), (window.row, window.col), strict=True)
+        )
+        pixels[..., to_y, to_x] = block[..., y, x]
+
+
+def _overlap(start: int, stop: int, other_start: int, other_stop: int) -> tuple[slice, slice]:
+    """What two ranges share, counted from the start of each."""
+    first, last = max(start, other_start), min(stop, other_stop)
+    return slice(first - start, last - start), slice(first - other_start, last - other_start)

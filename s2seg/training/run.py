@@ -30,6 +30,7 @@ from s2seg.training.streaming import StreamedChips
 
 CONFIG_FILE = "config.yaml"
 CHIPS = "chips.zarr"
+_VERSIONS = 4  # of each chip in a preview
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def preview(
         As :func:`prepare`.
     """
     from s2seg.training.augment import Augment, AugmentSpec
+    from s2seg.training.data import MixedChips, date_plan
     from s2seg.training.preview import write_preview
 
     path = check_writable(path, overwrite=overwrite)
@@ -154,9 +156,11 @@ def preview(
     augment = Augment(
         AugmentSpec(**config.augment.model_dump()), config.channels, store.histogram[train].sum(axis=0).tolist()
     )
+    dates = date_plan(store, train, config.augment.mixed_dates, config.fit.seed)
+    mixes = [] if dates is None else dates.draw(0, [np.searchsorted(train, shown)] * _VERSIONS)
     return write_preview(
-        path, store.images(shown), store.labels(shown), augment, config.legend, seed=config.fit.seed, rows=len(shown),
-        overwrite=overwrite,
+        path, *store.read(shown), augment, config.legend, mixed=[MixedChips(store).read(m.among(train)) for m in mixes],
+        seed=config.fit.seed, rows=len(shown), columns=2 + _VERSIONS, overwrite=overwrite,
     )  # fmt: skip
 
 

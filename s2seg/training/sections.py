@@ -370,6 +370,9 @@ class AugmentConfig(Section):
     clouds: Share = Field(default=0.0, description="share of chips with synthetic clouds; what they hide has no label")
     cutmix: Share = Field(default=0.0, description="share of chips with a rectangle of another one (CutMix)")
     copy_paste: Share = Field(default=0.0, description="share of chips that get rare classes of another one")
+    mixed_dates: Share = Field(
+        default=0.0, description="share of chips with a rectangle of another date of the same place (areas.datetime)"
+    )
 
     @field_validator("scale")
     @classmethod

@@ -105,7 +105,7 @@ def config_of(region, store, **areas):
         areas=[area | areas],
         split={"block": 64, "seed": 1},
         chips={"size": 32, "stride": 32, "store": store},
-        fit={"epochs": 2, "steps_per_epoch": 3},
+        fit={"epochs": 1, "steps_per_epoch": 3},
     )
 
 
