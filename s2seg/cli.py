@@ -253,8 +253,9 @@ def train_command(
     if preview_only:
         out.print(str(path), soft_wrap=True)
         return
-    best = result.fitted.history[result.fitted.best_epoch - 1]
-    out.print(f"best epoch {result.fitted.best_epoch}: mean IoU {best['val_mean_iou']:.3f} of the validation part")
+    kept = result.fitted.kept_epoch
+    score = result.fitted.history[kept - 1]["val_mean_iou"]
+    out.print(f"{loaded.fit.keep} epoch, {kept}: mean IoU {score:.3f} of the validation part")
     if result.test is not None:
         _print_scores(result.test)
     out.print(f"{result.model.path}  {result.model.sha256[:12]}", soft_wrap=True)

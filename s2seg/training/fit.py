@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -76,7 +76,7 @@ class FitResult:
     Parameters
     ----------
     network
-        With the weights of the best epoch, in evaluation mode, on the CPU.
+        With the weights of the kept epoch, in evaluation mode, on the CPU.
     spec
         What it expects and answers, for :func:`s2seg.models.save_bundle`; with provenance and validation scores.
     history
@@ -85,12 +85,15 @@ class FitResult:
         the validation), and ``data_wait``, the seconds of these in which training waited for chips.
     best_epoch
         The epoch with the highest ``val_mean_iou``, from 1.
+    kept_epoch
+        The epoch whose weights these are, from 1: the best one or the last one, as ``fit.keep`` says.
     """
 
     network: torch.nn.Module
     spec: ModelSpec
     history: tuple[dict[str, float], ...]
     best_epoch: int
+    kept_epoch: int
 
 
 def fit(
@@ -148,7 +151,7 @@ def fit(
                     training.run(module, data, loggers, on_progress or silent)
             else:
                 _run_processes(training, on_progress or silent)
-    return _result(module, keeper)
+    return _result(module, keeper, config.fit.keep)
 
 
 @dataclass(frozen=True)
@@ -374,22 +377,30 @@ def _descent(config: TrainConfig, batches: int) -> Descent:
         weight_decay=settings.weight_decay,
         freeze_encoder=settings.freeze_encoder,
         schedule=config.schedule,
+        average=config.fit.average,
     )
 
 
-def _result(module: SegmentationModule, keeper: BestAndLast) -> FitResult:
+def _result(module: SegmentationModule, keeper: BestAndLast, keep: Literal["best", "last"]) -> FitResult:
     """Take everything from the two files: where several processes trained, this one knows nothing else."""
-    last, best = (load_checkpoint(keeper.folder / name) for name in (LAST, BEST))
+    last = load_checkpoint(keeper.folder / LAST)
     keeper.load_state_dict(last["callbacks"][keeper.state_key])
-    module.cpu().load_state_dict(best["state_dict"])
     history = tuple(last["callbacks"][_Recorder.state_key]["history"])
-    row = history[keeper.best_epoch]
+    best_epoch = keeper.best_epoch + 1
+    kept_epoch, kept = (best_epoch, load_checkpoint(keeper.folder / BEST)) if keep == "best" else (len(history), last)
+    module.cpu().load_state_dict(kept["state_dict"])
+    row = history[kept_epoch - 1]
     spec = replace(
         module.spec,
-        provenance={**module.spec.provenance, "epochs": len(history), "best_epoch": keeper.best_epoch + 1},
+        provenance={
+            **module.spec.provenance,
+            "epochs": len(history),
+            "best_epoch": best_epoch,
+            "kept_epoch": kept_epoch,
+        },
         metrics={name: row[name] for name in _SCORES},
     )
-    return FitResult(module.network.eval(), spec, history, keeper.best_epoch + 1)
+    return FitResult(module.fitted.eval(), spec, history, best_epoch, kept_epoch)
 
 
 # -- where it runs, and what it leaves behind -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from s2seg.assess.confusion import Confusion
 from s2seg.assess.scores import Scores
@@ -47,6 +48,9 @@ class Descent:
     schedule
         ``none``; ``plateau``: times 0.3 after 3 epochs without a better validation mean IoU; ``cosine`` (Loshchilov
         and Hutter 2017, arXiv:1608.03983, without restarts); ``one_cycle`` (Smith and Topin 2018, arXiv:1708.07120).
+    average
+        Decay, in each step, of an exponential moving average of the weights and batch statistics (Polyak and Juditsky
+        1992, doi:10.1137/0330046), which is what is validated and kept; 0 for none.
     """
 
     steps: int
@@ -56,6 +60,7 @@ class Descent:
     weight_decay: float = 1e-4
     freeze_encoder: int = 0
     schedule: str = "one_cycle"
+    average: float = 0.0
 
 
 class SegmentationModule(pl.LightningModule):
@@ -102,6 +107,12 @@ class SegmentationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network, self.spec, self.loss, self.descent, self.seed = network, spec, loss, descent, seed
+        self._average: AveragedModel | None = None
+        if descent.average:
+            decay = get_ema_multi_avg_fn(descent.average)  # type: ignore[no-untyped-call]
+            # a part of this module, so that it goes into checkpoints and to devices with the rest
+            self._average = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
+            self._average.requires_grad_(False)
         unchanged = Augment(AugmentSpec(flips=False), spec.bands)
         self._augment, self._unchanged = augment or unchanged, unchanged
         self._plateau: ReduceLROnPlateau | None = None
@@ -126,8 +137,13 @@ class SegmentationModule(pl.LightningModule):
         What mapping does: see :class:`s2seg.models.runtimes.pytorch.TorchSession`.
         """
         x = images.to(torch.float32, memory_format=torch.channels_last) * self._a + self._b
-        logits: Tensor = self.network(x)
+        logits: Tensor = (self.network if self.training else self.fitted)(x)
         return logits.float()
+
+    @property
+    def fitted(self) -> nn.Module:
+        """What is validated and kept: the network, or the average of its weights over the training."""
+        return self.network if self._average is None else self._average.module
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch of stored chips."""
@@ -191,6 +207,12 @@ class SegmentationModule(pl.LightningModule):
                     f"{name} is not a number in epoch {self.current_epoch + 1}: lower optimizer.learning_rate, "
                     "or set fit.precision to float32"
                 )
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        """Move the weights, and their average after them."""
+        super().optimizer_step(*arguments, **named)
+        if self._average is not None:
+            self._average.update_parameters(self.network)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, with the encoder's weights as its first group, and the schedule."""

@@ -342,6 +342,10 @@ class FitConfig(Section):
     )
     batch_size: PositiveInt = Field(default=16, description="chips in a batch")
     accumulate: PositiveInt = Field(default=1, description="batches summed before the weights move")
+    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="keep a moving average of the weights, with this decay in each step, such as 0.99; 0: none",
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the arithmetic; auto: bfloat16 where the machine is fast at it"
     )
@@ -349,9 +353,21 @@ class FitConfig(Section):
         default="balanced", description="balanced draws each class equally often, uniform takes each chip once"
     )
     patience: PositiveInt | None = Field(default=None, description="stop after this many epochs without a better score")
+    keep: Literal["best", "last"] = Field(
+        default="best",
+        description="weights of which epoch: last, where the validation part is small and its best is chance",
+    )
     seed: Seed = Field(default=0, description="the same seed gives the same weights on a CPU")
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = Field(default="auto", description="where it runs")
     devices: PositiveInt = Field(default=1, description="how many of them; several run as DDP")
+
+    @model_validator(mode="after")
+    def _last_is_the_end(self) -> FitConfig:
+        if self.keep == "last" and self.patience is not None:
+            raise ValueError(
+                "keep: last would keep the weights of the epoch that patience gives up at; drop one of them"
+            )
+        return self
 
 
 class AugmentConfig(Section):

@@ -173,7 +173,7 @@ def tune(
             raise optuna.TrialPruned from error
         finally:  # only the settings matter: the weights of many trials would fill the disk
             remove(place / CHECKPOINTS, ignore_errors=True)
-        return result.history[result.best_epoch - 1][MONITOR]
+        return result.history[result.kept_epoch - 1][MONITOR]
 
     study = _study(config, folder, space)
     missing = trials - sum(t.state in _over() for t in study.trials)

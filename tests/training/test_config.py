@@ -161,6 +161,10 @@ def test_fingerprints_change_with_what_they_stand_for(load):
         ("composite.mask=[fog]", "composite: unknown SCL class 'fog'"),
         ("fit.epochs=0", "fit.epochs: should be greater than 0, not 0"),
         ("fit.epochs=many", "fit.epochs: should be a whole number, not 'many'"),
+        (
+            "fit={keep: last, patience: 3}",
+            "fit: keep: last would keep the weights of the epoch that patience gives up at",
+        ),
         ("fit.seed=99999999999999999999", "fit.seed: should be less than or equal to 4294967295"),
         ("fit.batch_size=200000", "fit.batch_size: the pixels of 200000 chips alone take 49 GiB; use fewer"),
         ("split.seed=true", "split.seed: cannot be true"),

@@ -30,6 +30,7 @@ CONFIG = {
         "sampling": "uniform",
         "accumulate": 2,
         "precision": "float32",
+        "average": 0.9,
     },
     "augment": {"flips": False, "scale": None, "gain": 0, "offset": 0},
     "logs": ["csv", "tensorboard"],

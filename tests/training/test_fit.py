@@ -30,7 +30,12 @@ HARD = {
         "network": {"architecture": "PSPNet", "arguments": {"encoder_depth": 3, "psp_dropout": 0.5}},
         "augment": {"noise": 0.01, "cutmix": 0.5},
     },
-    "cosine, weighted": {"schedule": "cosine", "class_weights": "inverse_frequency", "loss": "dice + cross_entropy"},
+    "cosine, weighted, averaged, last kept": {
+        "schedule": "cosine",
+        "class_weights": "inverse_frequency",
+        "loss": "dice + cross_entropy",
+        "fit": {"keep": "last", "average": 0.9},
+    },
 }
 
 
@@ -160,6 +165,18 @@ def test_gives_up_when_nothing_gets_better(chips, tmp_path, monkeypatch):
     assert len(fit(config, chips, tmp_path, resume=True).history) == 3
 
 
+@pytest.mark.parametrize(("keep", "epoch", "name"), [("best", 1, "best.ckpt"), ("last", 2, "last.ckpt")])
+def test_the_epoch_that_is_asked_for_is_kept(chips, tmp_path, monkeypatch, keep, epoch, name):
+    scores = iter((0.7, 0.5))
+    monkeypatch.setattr(Scores, "mean_iou", property(lambda _: next(scores)))
+    result = fit(toy_config(fit={"epochs": 2, "keep": keep}), chips, tmp_path)
+    assert (result.best_epoch, result.kept_epoch) == (1, epoch)
+    assert (result.spec.provenance["best_epoch"], result.spec.provenance["kept_epoch"]) == (1, epoch)
+    assert result.spec.metrics["val_loss"] == result.history[epoch - 1]["val_loss"]
+    weights = load_checkpoint(tmp_path / "checkpoints" / name)["state_dict"]
+    assert same({f"network.{k}": v for k, v in result.network.state_dict().items()}, weights)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(chips, tmp_path, monkeypatch):
     config = toy_config()
     save = torch.save
@@ -187,6 +204,22 @@ def test_the_optimizer_steps_once_for_several_batches(chips, tmp_path):
     assert [row["step"] for row in result.history] == [2, 4]  # four batches: three and a rest
     assert state(tmp_path)["lr_schedulers"][0]["total_steps"] == 4
     assert result.history[-1]["learning_rate"] < 1e-6  # the cycle has come to its end
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(chips, tmp_path):
+    slow = {"epochs": 2, "steps_per_epoch": 2, "accumulate": 2}  # one step in each epoch
+    plain = toy_config(schedule="none", fit={**slow, "epochs": 1})
+    fit(plain, chips, tmp_path / "plain")
+    first = state(tmp_path / "plain")["state_dict"]
+    result = fit(toy_config(schedule="none", fit={**slow, "average": 0.75}), chips, tmp_path)
+    last, best = (load_checkpoint(tmp_path / "checkpoints" / name)["state_dict"] for name in ("last.ckpt", "best.ckpt"))
+    for name, kept in result.network.state_dict().items():
+        assert torch.equal(kept, best[f"_average.module.{name}"])
+        if kept.is_floating_point():
+            expected = 0.75 * first[f"network.{name}"] + 0.25 * last[f"network.{name}"]
+            torch.testing.assert_close(last[f"_average.module.{name}"], expected)
+    held = fit(toy_config(schedule="none", fit={**slow, "average": 1 - 1e-9}), chips, tmp_path / "held").history
+    assert held[1]["val_loss"] == pytest.approx(held[0]["val_loss"], rel=1e-6)
 
 
 def test_a_frozen_encoder_stays_as_it_is(chips, tmp_path):
