@@ -282,8 +282,13 @@ def _inspect(source: RasterLabels) -> _File:
 def _taken(
     codes: npt.NDArray[np.int16], row: npt.NDArray[np.int64], col: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int16]:
-    """``codes[row, col]``, in a third of its time where all points of a row, or of a column, share theirs."""
+    """``codes[row, col]``, in a third of its time where all points of a row, or of a column, share theirs.
+
+    Where the grids are the same, and no point lies outside, it is all of the codes.
+    """
     if row.shape[1] == 1 and col.shape[0] == 1:
+        if np.array_equal(row[:, 0], np.arange(len(codes))) and np.array_equal(col[0], np.arange(codes.shape[1])):
+            return codes
         return codes.take(row[:, 0], axis=0).take(col[0], axis=1)
     return codes[row, col]
 

@@ -6,13 +6,13 @@ saves when chips come in random order: whole shards are mapped into memory, and 
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -33,7 +33,8 @@ Keep = Callable[[Images, Labels], bool]
 Progress = Callable[[int, int], None]
 
 _FORMAT = 2
-_SHARD_BYTES = 16 * 2**20  # what a writer holds at once, and one file
+_SHARD_BYTES = 16 * 2**20  # of one file
+_STORED_BEHIND = 3  # batches of chips, of one block and at most a file, that wait to be stored or are
 _PIXELS = {"image", "label"}
 _TABLES = {"origin": np.int32, "size": np.int32, "part": np.uint8, "histogram": np.int64}
 
@@ -283,8 +284,8 @@ def write_chips(
     with replacing(path) as partial:
         tally = _Tally()
         with closing(_Writer(partial, path, len(bands), spec.size, legend, pixels)) as writer:
-            for chip in _select(regions, legend, spec, keep, tally, on_progress):
-                writer.add(chip)
+            for chips in _select(regions, legend, spec, keep, tally, on_progress):
+                writer.add(chips)
             tally.check(writer)
             writer.finish(
                 {
@@ -342,24 +343,31 @@ def _select(
     keep: Keep | None,
     tally: _Tally,
     on_progress: Progress | None,
-) -> Iterator[_Chip]:
+) -> Iterator[Iterator[_Chip]]:
+    """The chips of each block of the regions in turn, to be taken before the next block comes."""
     groups = dates_together(regions)
-    total, done = sum(blocks_of(regions[group[0]]) for group in groups), 0
+    total, done = sum(blocks_of(regions[group[0]]) * len(group) for group in groups), 0
+    shared: dict[Window, list[_Target]] = {}
     for group in groups:
         with closing(cut([regions[index] for index in group], spec.windows)) as blocks:
-            for block in blocks:
-                shared: dict[Window, list[_Target]] = {}
-                for date, window, planes in block:
-                    tally.windows += 1
-                    for chip in _chips(group[date], window, planes, legend, spec, tally, shared):
-                        _check_codes(chip, regions[group[date]], legend)
-                        if keep is None or keep(chip.image, chip.label):
-                            yield chip
-                        else:
-                            tally.dropped += 1
+            for date, windows in blocks:
+                if date == 0:
+                    shared.clear()  # a block has windows of its own
+                tally.windows += len(windows)
+                chips = (c for w in windows for c in _chips(group[date], *w, legend, spec, tally, shared))
+                yield _kept(chips, regions[group[date]], legend, keep, tally)
                 done += 1
                 if on_progress is not None:
                     on_progress(done, total)
+
+
+def _kept(chips: Iterable[_Chip], region: Place, legend: Legend, keep: Keep | None, tally: _Tally) -> Iterator[_Chip]:
+    for chip in chips:
+        _check_codes(chip, region, legend)
+        if keep is None or keep(chip.image, chip.label):
+            yield chip
+        else:
+            tally.dropped += 1
 
 
 class _Target(NamedTuple):
@@ -386,13 +394,12 @@ def _chips(
     """
     inside = planes.labels.size / window.size**2 * spec.size**2
     image, codes, parts = _to_size(_padded(planes, window.size, legend.nodata), spec.size, legend.nodata)
-    valid = image[0] != 0
-    present = np.count_nonzero(valid)
+    present = np.count_nonzero(image[0])
     if inside - present > spec.max_nodata * inside:
         tally.nodata += 1
         return
-    if present < valid.size or window.size != spec.size:
-        targets = _targets(np.where(valid, codes, np.uint8(legend.nodata)), parts, legend.nodata)
+    if present < codes.size or window.size != spec.size:
+        targets = _targets(np.where(image[0] != 0, codes, np.uint8(legend.nodata)), parts, legend.nodata)
     else:
         if window not in shared:
             shared[window] = _targets(codes, parts, legend.nodata)
@@ -499,47 +506,26 @@ def _weights(window: int, size: int) -> npt.NDArray[np.float32]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Batch:
-    """Chips on their way to disk: copies, since a chip is a view that keeps its whole block in memory."""
-
-    images: Images
-    labels: Labels
-    train: list[int] = field(default_factory=list)
-    count: int = 0
-
-    @classmethod
-    def empty(cls, chips: int, bands: int, size: int) -> _Batch:
-        return cls(np.empty((chips, bands, size, size), np.uint16), np.empty((chips, size, size), np.uint8))
-
-    def add(self, chip: _Chip) -> None:
-        self.images[self.count], self.labels[self.count] = chip.image, chip.label
-        if chip.part == 1:
-            self.train.append(self.count)
-        self.count += 1
-
-
 class _Writer:
-    """Gathers chips into whole shards and stores each while the next one is gathered."""
+    """Gives chips their slots in the store, and stores those of some blocks while the next ones are read."""
 
     def __init__(self, partial: Path, path: Path, bands: int, size: int, legend: Legend, pixels: bool) -> None:
         self.path, self.count, self.has_train = path, 0, False
         self._codes = list(legend.codes)
         self._per_shard = max(1, min(256, _SHARD_BYTES // (bands * size * size * 2)))
-        self._empty = functools.partial(_Batch.empty, self._per_shard, bands, size)
-        self._batch = self._empty()
         self._tables: dict[str, list[Any]] = {name: [] for name in _TABLES}
         self._sums = _Sums(bands)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="chips")
-        self._pending: deque[Future[_Batch]] = deque()
+        self._pending: deque[Future[_Sums]] = deque()
         with writing(path):
             self._group = zarr.open_group(str(partial.absolute()), mode="w", zarr_format=3)
-            self._shards: tuple[ShardedPixels, ...] = ()
-            if pixels:
-                self._shards = (
-                    ShardedPixels(partial, self._create("image", (bands, size, size), np.uint16, 0)),
-                    ShardedPixels(partial, self._create("label", (size, size), np.uint8, legend.nodata)),
+            self._image, self._label = (
+                ShardedPixels(partial, self._create(*array)) if pixels else _NoPixels()
+                for array in (
+                    ("image", (bands, size, size), np.uint16, 0),
+                    ("label", (size, size), np.uint8, legend.nodata),
                 )
+            )
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: type, fill: int) -> zarr.Array[Any]:
         return self._group.create_array(
@@ -554,39 +540,43 @@ class _Writer:
             dimension_names=("chip", *(("band",) if len(shape) == 3 else ()), "y", "x"),
         )
 
-    def add(self, chip: _Chip) -> None:
-        self._batch.add(chip)
-        for name, value in (("origin", chip.origin), ("size", chip.size), ("part", chip.part)):
-            self._tables[name].append(value)
-        self._tables["histogram"].append(chip.histogram[self._codes])
-        self.count += 1
-        self.has_train |= chip.part == 1
-        if self._batch.count == self._per_shard:
-            self._flush()
+    def add(self, chips: Iterator[_Chip]) -> None:
+        """Take the chips of one block. They are views that keep it in memory, so few of them wait to be stored."""
+        while batch := list(islice(chips, self._per_shard)):
+            for chip in batch:
+                for name, value in (("origin", chip.origin), ("size", chip.size), ("part", chip.part)):
+                    self._tables[name].append(value)
+                self._tables["histogram"].append(chip.histogram[self._codes])
+                self.has_train |= chip.part == 1
+            self._pending.append(self._pool.submit(self._store, self.count, batch))
+            self.count += len(batch)
+            self._wait_for_all_but(_STORED_BEHIND)
 
-    def _flush(self) -> None:
-        number = (self.count - 1) // self._per_shard
-        self._pending.append(self._pool.submit(self._store, self._batch, number))
-        # one is stored, one waits; memory that was used before costs the kernel nothing to give
-        self._batch = self._pending.popleft().result() if len(self._pending) > 2 else self._empty()
+    def _store(self, first: int, chips: list[_Chip]) -> _Sums:
+        """Store chips from slot ``first`` on; return the sums of those that train."""
+        sums = _Sums(len(self._sums.values))
 
-    def _store(self, batch: _Batch, number: int) -> _Batch:
-        """Store a batch and return it, empty."""
-        self._sums.add(batch.images[i] for i in batch.train)
+        def images() -> Iterator[Images]:
+            for chip in chips:
+                image = np.ascontiguousarray(chip.image)  # counted and written while it is in the processor's cache
+                if chip.part == 1:
+                    sums.add(image)
+                yield image
+
         with writing(self.path):
-            planes: tuple[npt.NDArray[Any], ...] = (batch.images, batch.labels)
-            for shards, pixels in zip(self._shards, planes, strict=False):
-                shards.write(number, pixels[: batch.count])
-        return replace(batch, train=[], count=0)
+            self._image.write(first, images())
+            self._label.write(first, (chip.label for chip in chips))
+        return sums
+
+    def _wait_for_all_but(self, number: int) -> None:
+        while len(self._pending) > number:
+            self._sums.add_all(self._pending.popleft().result())
 
     def finish(self, about: dict[str, Any]) -> None:
-        if self._batch.count:
-            self._flush()
-        while self._pending:
-            self._pending.popleft().result()
+        self._wait_for_all_but(0)
         with writing(self.path):
-            for pixels in self._shards:
-                pixels.array.resize((self.count, *pixels.array.shape[1:]))
+            self._image.finish(self.count)
+            self._label.finish(self.count)
             for name, dtype in _TABLES.items():
                 self._group.create_array(name, data=np.array(self._tables[name], dtype))
             mean, std = self._sums.mean_and_std()
@@ -596,19 +586,35 @@ class _Writer:
         self._pool.shutdown(cancel_futures=True)
 
 
+class _NoPixels:
+    """Stands where :class:`ShardedPixels` would, and stores nothing."""
+
+    def write(self, first: int, chips: Iterable[npt.NDArray[Any]]) -> None:  # noqa: ARG002  as its like
+        for _ in chips:  # they are counted on their way
+            pass
+
+    def finish(self, count: int) -> None:
+        pass
+
+
 class _Sums:
-    """Mean and deviation of valid pixels, exact and so independent of the order in which chips come."""
+    """Of valid pixels, by band: Python's whole numbers, so that the order of the chips does not matter."""
 
     def __init__(self, bands: int) -> None:
         self.pixels, self.values, self.squares = 0, [0] * bands, [0] * bands
 
-    def add(self, images: Iterable[Images]) -> None:
-        for image in images:  # nodata pixels are 0 in all bands and add nothing; float64 holds these sums exactly
-            flat = image.reshape(len(image), -1).astype(np.float64)
-            self.pixels += int(np.count_nonzero(image[0]))
-            self.values = [a + int(b) for a, b in zip(self.values, np.einsum("ij->i", flat), strict=True)]
-            squares = np.einsum("ij,ij->i", flat, flat)
-            self.squares = [a + int(b) for a, b in zip(self.squares, squares, strict=True)]
+    def add(self, image: Images) -> None:
+        flat = image.reshape(len(image), -1).astype(np.float64)
+        # nodata pixels are 0 in all bands and add nothing; float64 holds the sums of one image exactly
+        self._add(int(np.count_nonzero(image[0])), np.einsum("ij->i", flat), np.einsum("ij,ij->i", flat, flat))
+
+    def add_all(self, other: _Sums) -> None:
+        self._add(other.pixels, other.values, other.squares)
+
+    def _add(self, pixels: int, values: Iterable[float], squares: Iterable[float]) -> None:
+        self.pixels += pixels
+        self.values = [a + int(b) for a, b in zip(self.values, values, strict=True)]
+        self.squares = [a + int(b) for a, b in zip(self.squares, squares, strict=True)]
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Per band, reflectance."""

@@ -102,8 +102,8 @@ def dates_together(places: Sequence[Place]) -> list[list[int]]:
 
 def cut(
     dates: Sequence[Place], sizes: Sequence[tuple[int, int]]
-) -> Generator[list[tuple[int, Window, Planes]], None, None]:
-    """Visit the blocks of an area and hand out the windows that each completes.
+) -> Generator[tuple[int, list[tuple[Window, Planes]]], None, None]:
+    """Visit the blocks of an area, each at all of its dates, and hand out the windows that they complete.
 
     Parameters
     ----------
@@ -114,27 +114,27 @@ def cut(
 
     Yields
     ------
-    list of (int, Window, Planes)
-        One list per block, in row-major order, maybe empty; the number is the index of the date. The planes are views,
-        good until the next block, cropped where the window reaches beyond the area.
+    int
+        Index of the date. Blocks come in row-major order, and the dates of a block one after the other.
+    list of (Window, Planes)
+        What this block completes at this date, if anything: the same windows at all dates. Planes are views, which keep
+        their block in memory, cropped where the window reaches beyond the area.
     """
     labels, split, *images = _lazy_planes(dates)
     rows, cols = (_Axis(chunks, sizes) for chunks in labels.chunks)
-    carried = [_Carried(rows, cols, array) for array in (labels, split, *images)]
+    shared, scenes = ([_Carried(rows, cols, array) for array in arrays] for arrays in ((labels, split), images))
     with closing(_computed_ahead([(labels, split, images[0]), *((image,) for image in images[1:])])) as blocks:
         for r, c in np.ndindex(labels.numblocks):
-            codes, parts, *seen = (plane.joined(r, c, next(blocks)) for plane in carried)
+            codes, parts = (plane.joined(r, c, next(blocks)) for plane in shared)
             windows = [
                 Window(row, col, size)
                 for size, _ in sizes
                 for row, col in product(rows.completed(r, size), cols.completed(c, size))
             ]
             origin = rows.base(r), cols.base(c)
-            yield [
-                (date, window, Planes(*(_view(array, window, origin) for array in (image, codes, parts))))
-                for date, image in enumerate(seen)
-                for window in windows
-            ]
+            for date, plane in enumerate(scenes):
+                planes = plane.joined(r, c, next(blocks)), codes, parts
+                yield date, [(window, Planes(*(_view(p, window, origin) for p in planes))) for window in windows]
 
 
 def blocks_of(place: Place) -> int:
@@ -228,8 +228,9 @@ def _lazy_planes(dates: Sequence[Place]) -> list[da.Array]:
 
 def _with_whole_pixels(image: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
     """Take all bands away where one has no data."""
-    present = image.min(axis=0) > 0
-    return image if present.all() else np.where(present, image, np.uint16(0))
+    if np.count_nonzero(image) == image.size:
+        return image
+    return np.where(image.min(axis=0) > 0, image, np.uint16(0))
 
 
 def _computed_ahead(jobs: Sequence[Sequence[da.Array]]) -> Generator[Pixels, None, None]:

@@ -21,7 +21,7 @@ from s2seg.sources.stack import aligned_chunks, geobox_for
 from s2seg.training.chips import ChipSpec
 from s2seg.training.config import AreaConfig, TrainConfig
 from s2seg.training.cutting import Place
-from s2seg.training.splits import SplitSpec, split_by_area, split_by_blocks, split_by_geometries
+from s2seg.training.splits import Counts, SplitSpec, split_by_area, split_by_blocks, split_by_geometries
 from s2seg.training.tiles import TileSpec, read_tiles
 
 _CHUNK = 1024
@@ -47,6 +47,8 @@ class Region:
         (y, x) uint8: 0 for no part, else the index in :data:`~s2seg.training.splits.PARTS` plus 1.
     items
         Ids of the source items.
+    counted
+        Labels of each part, where the split was drawn by counting them; see :class:`~s2seg.training.splits.Counted`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Region:
     labels: xr.DataArray
     split: xr.DataArray
     items: tuple[str, ...]
+    counted: Counts | None = None
 
 
 def scene_spec(config: TrainConfig) -> SceneSpec:
@@ -137,7 +140,7 @@ def _open_area(area: AreaConfig, config: TrainConfig) -> list[Region]:
     dates = max(len(found), *(len(of_date) for of_date in found))
     chunks = aligned_chunks(items, geobox, _side(dates, len(config.bands) + 1))
     labels = read_labels(source, geobox, config.legend, chunks=chunks, remap=area.labels.remap)
-    split = _split(area, labels, config)
+    split, counted = _split(area, labels, config)
     return [
         Region(
             name=area.name,
@@ -146,6 +149,7 @@ def _open_area(area: AreaConfig, config: TrainConfig) -> list[Region]:
             labels=labels,
             split=split,
             items=tuple(item.id for item in of_date),
+            counted=counted,
         )
         for date, of_date in zip(area.datetime, found, strict=True)
     ]
@@ -170,12 +174,13 @@ def _scene(
     return scene if scene.band.values.tolist() == channels else scene.sel(band=channels)
 
 
-def _split(area: AreaConfig, labels: xr.DataArray, config: TrainConfig) -> xr.DataArray:
+def _split(area: AreaConfig, labels: xr.DataArray, config: TrainConfig) -> tuple[xr.DataArray, Counts | None]:
+    """The split, and what its parts have of each class if that is known by then."""
     spec = split_spec(config)
     if spec.by == "area":
-        return split_by_area(labels, str(area.split))
+        return split_by_area(labels, str(area.split)), None
     if spec.by == "geometries":
-        return split_by_geometries(labels, spec)
+        return split_by_geometries(labels, spec), None
     return split_by_blocks(labels, spec, config.legend.codes)
 
 

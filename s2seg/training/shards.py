@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import mmap
+from collections.abc import Iterable
+from io import FileIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ class ShardedPixels:
     def __init__(self, store: Path, array: zarr.Array[Any]) -> None:
         self.array = array
         self._folder, self._dtype = store / array.path, array.dtype.newbyteorder("<")
+        self._nbytes = self._dtype.itemsize * math.prod(array.shape[1:])
         self._per_shard: int = (array.shards or array.chunks)[0]
         self._mapped = functools.lru_cache(_MAPPED)(self._map)
 
@@ -56,21 +60,35 @@ class ShardedPixels:
             chip[...] = self._mapped(number).chips[at]
         return chips
 
-    def write(self, number: int, chips: npt.NDArray[Any]) -> None:
-        """Store chips as a shard; only the last one may have fewer than the others."""
-        pixels = chips.astype(self._dtype, copy=False)
-        file = self._file(number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb", buffering=0) as out:
-            for part in (pixels.reshape(-1).view(np.uint8).data, memoryview(self._index(pixels))):
-                rest = part
-                while rest:  # a system call writes as much as it likes
-                    rest = rest[out.write(rest) :]
+    def write(self, first: int, chips: Iterable[npt.NDArray[Any]]) -> None:
+        """Store chips, as they come, in slots that follow one another; each is copied once, into its file."""
+        for number, places in groupby(enumerate(chips, first), lambda place: place[0] // self._per_shard):
+            with self._opened(number) as file:
+                for slot, chip in places:
+                    pixels = np.ascontiguousarray(chip, self._dtype)
+                    _write_at(file, slot % self._per_shard * self._nbytes, pixels.reshape(-1).view(np.uint8).data)
 
-    def _index(self, chips: npt.NDArray[Any]) -> bytes:
+    def finish(self, count: int) -> None:
+        """Complete the files and the array, of which ``count`` slots are filled."""
+        for number, first in enumerate(range(0, count, self._per_shard)):
+            held = min(self._per_shard, count - first)
+            with self._opened(number) as file:
+                _write_at(file, held * self._nbytes, memoryview(self._index(held)))
+        self.array.resize((count, *self.array.shape[1:]))
+
+    def _opened(self, number: int) -> FileIO:
+        """Open the file of a shard to write to it; the chips that it holds stay."""
+        path = self._file(number)
+        try:
+            return path.open("r+b", buffering=0)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("wb", buffering=0)
+
+    def _index(self, count: int) -> bytes:
         index = np.full((self._per_shard, 2), _NO_CHIP, "<u8")
-        index[: len(chips), 0] = np.arange(len(chips)) * chips[0].nbytes
-        index[: len(chips), 1] = chips[0].nbytes
+        index[:count, 0] = np.arange(count) * self._nbytes
+        index[:count, 1] = self._nbytes
         return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
 
     def _file(self, number: int) -> Path:
@@ -83,6 +101,12 @@ class ShardedPixels:
             return _Shard(file, (count, *self.array.shape[1:]), self._dtype)
         except (OSError, ValueError) as error:  # it is not there, or too short
             raise InputError(f"chips are missing from {file}; make the store anew with --overwrite") from error
+
+
+def _write_at(file: FileIO, offset: int, data: memoryview) -> None:
+    file.seek(offset)
+    while data:  # a system call writes as much as it likes
+        data = data[file.write(data) :]
 
 
 class _Shard:

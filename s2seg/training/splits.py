@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import dask.array as da
 import numpy as np
@@ -34,6 +34,17 @@ _COMMON = 0.01  # a class of this share of the labels should be in every part
 _TOLERANCE = 0.05  # how far the parts' shares may be from those asked
 
 Parts = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
+"""(part + 1, 256) int64: pixels by the code of their part, 0 for none, and of their label."""
+
+
+@runtime_checkable
+class Counted(Place, Protocol):
+    """A place that may know how many labels each part has: who drew its split has counted them."""
+
+    @property
+    def counted(self) -> Counts | None:
+        """None where they must be counted."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,9 @@ class SplitSpec:
 # -- by blocks --------------------------------------------------------------------------------------------------------
 
 
-def split_by_blocks(labels: xr.DataArray, spec: SplitSpec, classes: Sequence[int]) -> xr.DataArray:
+def split_by_blocks(
+    labels: xr.DataArray, spec: SplitSpec, classes: Sequence[int]
+) -> tuple[xr.DataArray, Counts | None]:
     """Divide an area into square blocks and give each to one part.
 
     The labels are counted once, chunk by chunk. Of up to 200 random orders the first is taken in which the parts'
@@ -111,9 +124,18 @@ def split_by_blocks(labels: xr.DataArray, spec: SplitSpec, classes: Sequence[int
     DataArray
         (y, x) uint8, lazy, with the chunks and coordinates of the labels: 0 for the buffer and for blocks without
         labels, else the part's code.
+    ndarray or None
+        How many labels of each class that gives each part; None if there is a buffer, which takes some away.
     """
-    table = assign(count_blocks(labels, spec.block, classes), spec)
-    return _lazy_parts(labels, partial(_block_parts, table=table, block=spec.block), spec.buffer)
+    counts = count_blocks(labels, spec.block, classes)
+    table = assign(counts, spec)
+    split = _lazy_parts(labels, partial(_block_parts, table=table, block=spec.block), spec.buffer)
+    if spec.buffer:
+        return split, None
+    counted = np.zeros((len(PARTS) + 1, 256), np.int64)
+    for part, of_part in enumerate(counted):
+        of_part[list(classes)] = counts[table == part].sum(axis=0)
+    return split, counted
 
 
 def count_blocks(labels: xr.DataArray, block: int, classes: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -223,9 +245,9 @@ def _faults(blocks: npt.NDArray[np.int64], parts: Parts, fractions: npt.NDArray[
 
 def _block_parts(rows: npt.NDArray[np.int64], cols: npt.NDArray[np.int64], table: Parts, block: int) -> Parts:
     """Parts of the pixels in these rows and columns; outside the area there is none."""
-    inside = [(i >= 0) & (i < n * block) for i, n in zip((rows, cols), table.shape, strict=True)]
-    at = [np.clip(i // block, 0, n - 1) for i, n in zip((rows, cols), table.shape, strict=True)]
-    return np.where(inside[0][:, None] & inside[1], table[np.ix_(*at)], np.uint8(0))
+    framed = np.pad(table, 1)
+    down, across = (np.clip(i // block, -1, n) + 1 for i, n in zip((rows, cols), table.shape, strict=True))
+    return framed.take(down, axis=0).take(across, axis=1)
 
 
 # -- by area and by geometries ----------------------------------------------------------------------------------------
@@ -370,7 +392,7 @@ def check_split(
     Parameters
     ----------
     regions
-        Dates of one area share labels and split, and count once.
+        Dates of one area share labels and split, and count once. Those that are :class:`Counted` may be spared it.
     legend
         Of the labels.
     required
@@ -388,7 +410,8 @@ def check_split(
     """
     counts = np.zeros((len(PARTS) + 1, 256), np.int64)
     for region in {r.name: r for r in regions}.values():
-        counts += _count_parts(region)
+        known = region.counted if isinstance(region, Counted) else None
+        counts += _count_parts(region) if known is None else known
     counts = counts[:, list(legend.codes)]
     totals = counts.sum(axis=0)
     present = [c for c, n in zip(legend.classes, totals, strict=True) if n]
@@ -411,8 +434,7 @@ def check_split(
     return {p: dict(zip(legend.codes, counts[i].tolist(), strict=True)) for i, p in enumerate(PARTS, 1)}
 
 
-def _count_parts(region: Place) -> npt.NDArray[np.int64]:
-    """(part, code) int64 over an area."""
+def _count_parts(region: Place) -> Counts:
     labels = da.asarray(region.labels.transpose("y", "x").data)
     split = da.asarray(region.split.transpose("y", "x").data).rechunk(labels.chunks)
     tasks = [
@@ -422,7 +444,7 @@ def _count_parts(region: Place) -> npt.NDArray[np.int64]:
     return np.sum(compute(*tasks), axis=0)
 
 
-def _count_parts_chunk(split: Parts, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def _count_parts_chunk(split: Parts, labels: npt.NDArray[np.uint8]) -> Counts:
     lowest, highest = int(split.min()), int(split.max())
     counts = np.zeros((len(PARTS) + 1, 256), np.int64)
     for part in range(lowest, highest + 1):

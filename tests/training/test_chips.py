@@ -13,7 +13,7 @@ import xarray as xr
 import zarr
 
 from s2seg.errors import InputError, OutputError
-from s2seg.training.chips import ChipSpec, open_chips, write_chips
+from s2seg.training.chips import ChipSpec, _Sums, open_chips, write_chips
 from s2seg.training.cutting import cut, starts
 from s2seg.training.splits import PARTS, check_split
 
@@ -97,6 +97,15 @@ def test_filters(store_of):
     assert first.histogram[0].tolist() == [12 * 32, 0, 0]
 
 
+def test_sums_are_exact_whatever_the_number_of_chips():
+    sums = _Sums(1)
+    sums.add(np.array([[[65535, 65533, 0]]], np.uint16))  # nodata counts as nothing
+    for _ in range(40):  # 2 ** 41 pixels: their squares do not fit any number of NumPy's
+        sums.add_all(sums)
+    mean, std = sums.mean_and_std()
+    assert (mean, std) == ([6.5534], [1e-4])
+
+
 def test_areas_smaller_than_a_chip_are_padded_with_nodata(store_of):
     chips = store_of(make_area((20, 50)), min_labelled=1.0, max_nodata=0.0)  # padding counts as neither
     assert chips.origin[:, 1:].tolist() == [[0, 0], [0, 16], [0, 18]]
@@ -158,6 +167,15 @@ def test_zarr_reads_the_store_as_we_do(store_of, monkeypatch):
     order = np.lexsort((place[0], place[1][:, 2], place[1][:, 1], place[2], place[1][:, 0]))
     np.testing.assert_array_equal(chips.images(slice(None)), group["image"][:][order])
     np.testing.assert_array_equal(chips.labels(slice(None)), group["label"][:][order])
+
+
+def test_blocks_without_windows_of_their_own_are_passed_over(store_of):
+    """Blocks far smaller than a chip: most complete none, some complete many, at every date."""
+    june, july = (make_area((40, 40), 5, date=date) for date in ("2021-06", "2021-07"))
+    seen = []
+    chips = store_of(june, july, keep=lambda image, label: seen.append(image.shape) is None)
+    assert len(chips) == len(seen) == 8
+    np.testing.assert_array_equal(chips.images(slice(0, 4)), chips.images(slice(4, 8)))
 
 
 def test_a_lost_or_short_file_is_one_line(store_of):
@@ -233,7 +251,7 @@ def test_each_block_is_computed_once_and_memory_does_not_grow_with_the_area(lege
     def peak(blocks):
         loads.clear()
         tracemalloc.start()
-        windows = sum(len(block) for block in cut([area(blocks)], [(64, 32), (300, 150)]))
+        windows = sum(len(block) for _, block in cut([area(blocks)], [(64, 32), (300, 150)]))
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert set(loads.values()) == {1}

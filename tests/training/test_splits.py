@@ -20,7 +20,7 @@ from s2seg.training.splits import (
     split_by_geometries,
 )
 
-from .conftest import make_area
+from .conftest import Area, make_area
 
 CODES = (1, 2, 3)
 SPEC = SplitSpec(block=32, seed=1)
@@ -47,7 +47,7 @@ def test_blocks_are_counted_whatever_the_chunks():
 def test_a_split_by_blocks(buffer):
     labels = patchy()
     spec = dataclasses.replace(SPEC, buffer=buffer)
-    split, again, other = (
+    (split, counted), (again, _), (other, _) = (
         split_by_blocks(make_area(labels.shape, chunk, labels=labels).labels, s, CODES)
         for chunk, s in ((47, spec), (330, spec), (47, dataclasses.replace(spec, seed=2)))
     )
@@ -56,7 +56,7 @@ def test_a_split_by_blocks(buffer):
     np.testing.assert_array_equal(split, again)
     assert (split.values != other.values).any()
 
-    whole = split_by_blocks(make_area(labels.shape, labels=labels).labels, SPEC, CODES).values
+    whole = split_by_blocks(make_area(labels.shape, labels=labels).labels, SPEC, CODES)[0].values
     blocks = {
         (r, c): set(np.unique(whole[r : r + 32, c : c + 32])) for r in range(0, 330, 32) for c in range(0, 300, 32)
     }
@@ -65,7 +65,11 @@ def test_a_split_by_blocks(buffer):
     shares = np.bincount(whole[labels > 0], minlength=4)[1:] / (labels > 0).sum()
     np.testing.assert_allclose(shares, SPEC.fractions, atol=0.05)
     assert {tuple(np.unique(labels[(whole == p) & (labels > 0)])) for p in (1, 2, 3)} == {CODES}
-    if buffer:
+    if not buffer:
+        known = [[((whole == p) & (labels == c)).sum() for c in CODES] for p in (1, 2, 3)]
+        np.testing.assert_array_equal(counted[1:, CODES], known)
+    else:
+        assert counted is None  # the buffer takes some away
         assert_apart(split.values, buffer)
         kept = split.values > 0
         assert (split.values[kept] == whole[kept]).all()
@@ -86,10 +90,10 @@ def assert_apart(split, buffer):
 
 def test_few_blocks_still_fill_every_part():
     labels = np.ones((60, 20), np.uint8)
-    split = split_by_blocks(make_area((60, 20), labels=labels).labels, SplitSpec(block=20), CODES)
+    split, _ = split_by_blocks(make_area((60, 20), labels=labels).labels, SplitSpec(block=20), CODES)
     assert sorted(np.unique(split).tolist()) == [1, 2, 3]
     no_test = SplitSpec(block=20, fractions=(0.5, 0.5, 0.0))
-    assert 3 not in split_by_blocks(make_area((60, 20), labels=labels).labels, no_test, CODES).values
+    assert 3 not in split_by_blocks(make_area((60, 20), labels=labels).labels, no_test, CODES)[0].values
 
 
 def on_grid(labels, chunk=40):
@@ -143,6 +147,20 @@ def test_the_check_counts_each_area_once():
     ]
     half = {1: 2048, 2: 2048, 3: 0}
     assert check_split(areas, three()) == {"train": half, "validation": half, "test": dict.fromkeys(CODES, 0)}
+
+
+def test_the_check_spares_itself_what_the_split_has_counted(monkeypatch):
+    labels = patchy()
+    area = make_area(labels.shape, labels=labels)
+    split, counted = split_by_blocks(area.labels, SPEC, CODES)
+    told = check_split([dataclasses.replace(area, split=split)], three(), PARTS)
+    monkeypatch.setattr("s2seg.training.splits._count_parts", None)
+    assert check_split([CountedArea(area.scene, area.labels, split, counted=counted)], three(), PARTS) == told
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedArea(Area):
+    counted: np.ndarray | None = None
 
 
 def three():
@@ -204,7 +222,7 @@ def test_the_split_is_drawn(tmp_path):
             name=f"area {i}",
             split=split_by_blocks(
                 make_area(labels.shape, labels=labels).labels, dataclasses.replace(SPEC, seed=i), CODES
-            ).values,
+            )[0].values,
         )
         for i in range(4)
     ]
