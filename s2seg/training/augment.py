@@ -67,6 +67,9 @@ class AugmentSpec:
         Share of the chips in which a rectangle is another chip's.
     copy_paste
         Share of the chips that get another chip's pixels of the rarest classes.
+    mixed_dates
+        Share of the chips in which a rectangle is of another date of the same place. Which pixels these are only the
+        chips' store knows, so :class:`s2seg.training.data.MixedChips` does it, before everything else.
 
     Raises
     ------
@@ -85,6 +88,7 @@ class AugmentSpec:
     clouds: float = 0.0
     cutmix: float = 0.0
     copy_paste: float = 0.0
+    mixed_dates: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] < math.inf:
@@ -92,7 +96,7 @@ class AugmentSpec:
         for name in ("gain", "offset", "noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"augment.{name}: {getattr(self, name)} is not a number of zero or more")
-        for name in ("blur", "band_dropout", "haze", "clouds", "cutmix", "copy_paste"):
+        for name in ("blur", "band_dropout", "haze", "clouds", "cutmix", "copy_paste", "mixed_dates"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"augment.{name}: {getattr(self, name)} is not a share from 0 to 1")
 

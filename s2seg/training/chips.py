@@ -35,6 +35,7 @@ Progress = Callable[[int, int], None]
 _FORMAT = 2
 _SHARD_BYTES = 16 * 2**20  # of one file
 _STORED_BEHIND = 3  # batches of chips, of one block and at most a file, that wait to be stored or are
+_PIXELS = {"image", "label"}
 _TABLES = {"origin": np.int32, "size": np.int32, "part": np.uint8, "histogram": np.int64}
 
 
@@ -132,7 +133,7 @@ class ChipStore:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._group, about = _open(self.path)
-        self._image, self._label = (ShardedPixels(self.path, _array(self._group, name)) for name in ("image", "label"))
+        self._pixels = {name: ShardedPixels(self.path, _array(self._group, name)) for name in _PIXELS & {*self._group}}
         self.fingerprint: str = about["fingerprint"]
         self.legend = Legend.from_dict(about["legend"], where=str(path))
         self.bands: tuple[str, ...] = tuple(about["bands"])
@@ -164,16 +165,30 @@ class ChipStore:
         """Chips of ``"train"``, ``"validation"`` or ``"test"``, as indices for the rest."""
         return np.flatnonzero(self.part == PARTS.index(part) + 1)
 
+    @property
+    def has_pixels(self) -> bool:
+        """Whether pixels are in the store; where not, :class:`~s2seg.training.streaming.StreamedChips` reads them."""
+        return self._pixels.keys() == _PIXELS
+
     def images(self, indices: int | slice | npt.ArrayLike) -> Images:
         """(n, band, size, size) uint16 DN, 0 is nodata; a single index gives n = 1."""
-        return self._image.read(self._slots(indices))
+        return self._stored("image", indices)
 
     def labels(self, indices: int | slice | npt.ArrayLike) -> Labels:
         """(n, size, size) uint8 legend codes."""
-        return self._label.read(self._slots(indices))
+        return self._stored("label", indices)
 
-    def _slots(self, indices: int | slice | npt.ArrayLike) -> npt.NDArray[np.int64]:
-        return np.atleast_1d(self._order[cast(Any, indices)])
+    def read(self, indices: int | slice | npt.ArrayLike) -> tuple[Images, Labels]:
+        """Both."""
+        return self.images(indices), self.labels(indices)
+
+    def _stored(self, name: str, indices: int | slice | npt.ArrayLike) -> npt.NDArray[Any]:
+        if not self.has_pixels:
+            raise InputError(
+                f"the chips in {self.path} were chosen with chips.store: false, and without a configuration their "
+                "pixels cannot be found; cut them with chips.store: true"
+            )
+        return self._pixels[name].read(np.atleast_1d(self._order[cast(Any, indices)]))
 
 
 def holds_chips(path: str | Path, fingerprint: str) -> bool:
@@ -216,6 +231,7 @@ def write_chips(
     *,
     fingerprint: str,
     bands: Sequence[str],
+    pixels: bool = True,
     keep: Keep | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
@@ -239,6 +255,8 @@ def write_chips(
         Of the configuration; :func:`open_chips` compares it.
     bands
         Names of the scenes' bands.
+    pixels
+        Store them, too, and not only which chips there are and what is in them.
     keep
         Called with (band, size, size) uint16 and (size, size) uint8 of each chip that passed the filters; False leaves
         it out.
@@ -266,7 +284,7 @@ def write_chips(
             raise InputError(f"{region.name} has {region.scene.sizes['band']} bands, not {len(bands)}")
     with replacing(path) as partial:
         tally = _Tally()
-        with closing(_Writer(partial, path, len(bands), spec.size, legend)) as writer:
+        with closing(_Writer(partial, path, len(bands), spec.size, legend, pixels)) as writer:
             for chips in _select(regions, legend, spec, keep, tally, on_progress):
                 writer.add(chips)
             tally.check(writer)
@@ -276,10 +294,15 @@ def write_chips(
                     "legend": legend.to_dict(),
                     "bands": list(bands),
                     "spec": asdict(spec),
-                    "regions": [{"name": r.name, "date": r.date, "items": list(r.items)} for r in regions],
+                    "regions": [describe(region) for region in regions],
                 }
             )
     return ChipStore(path)
+
+
+def describe(region: Place) -> dict[str, Any]:
+    """What a chip store keeps of a region: ``name``, ``date``, ``items``."""
+    return {"name": region.name, "date": region.date, "items": list(region.items)}
 
 
 # -- choosing ---------------------------------------------------------------------------------------------------------
@@ -423,6 +446,31 @@ def _padded(planes: Planes, size: int, nodata: int) -> Planes:
     )
 
 
+def one_chip(planes: Planes, window: int, part: int, spec: ChipSpec, nodata: int) -> tuple[Images, Labels]:
+    """Return a window as :func:`write_chips` stores it for one part of the split.
+
+    Parameters
+    ----------
+    planes
+        Of the window; fewer pixels where it reaches beyond the area.
+    window
+        Pixels on its side.
+    part
+        Code of the part.
+    spec
+        With the size of a chip.
+    nodata
+        The legend's.
+
+    Returns
+    -------
+    ndarray, ndarray
+        (band, size, size) uint16 DN and (size, size) uint8 legend codes.
+    """
+    image, codes, parts = _to_size(_padded(planes, window, nodata), spec.size, nodata)
+    return image, np.where((image[0] != 0) & (parts == part), codes, np.uint8(nodata))
+
+
 def _to_size(planes: Planes, size: int, nodata: int) -> Planes:
     """Resample a window to the size of a chip: reflectance by area or linearly, labels and parts by nearest."""
     window = len(planes.labels)
@@ -462,7 +510,7 @@ def _weights(window: int, size: int) -> npt.NDArray[np.float32]:
 class _Writer:
     """Gives chips their slots in the store, and stores those of some blocks while the next ones are read."""
 
-    def __init__(self, partial: Path, path: Path, bands: int, size: int, legend: Legend) -> None:
+    def __init__(self, partial: Path, path: Path, bands: int, size: int, legend: Legend, pixels: bool) -> None:
         self.path, self.count, self.has_train = path, 0, False
         self._codes = list(legend.codes)
         self._per_shard = max(1, min(256, _SHARD_BYTES // (bands * size * size * 2)))
@@ -472,8 +520,13 @@ class _Writer:
         self._pending: deque[Future[_Sums]] = deque()
         with writing(path):
             self._group = zarr.open_group(str(partial.absolute()), mode="w", zarr_format=3)
-            self._image = ShardedPixels(partial, self._create("image", (bands, size, size), np.uint16, 0))
-            self._label = ShardedPixels(partial, self._create("label", (size, size), np.uint8, legend.nodata))
+            self._image, self._label = (
+                ShardedPixels(partial, self._create(*array)) if pixels else _NoPixels()
+                for array in (
+                    ("image", (bands, size, size), np.uint16, 0),
+                    ("label", (size, size), np.uint8, legend.nodata),
+                )
+            )
 
     def _create(self, name: str, shape: tuple[int, ...], dtype: type, fill: int) -> zarr.Array[Any]:
         return self._group.create_array(
@@ -532,6 +585,17 @@ class _Writer:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+class _NoPixels:
+    """Stands where :class:`ShardedPixels` would, and stores nothing."""
+
+    def write(self, first: int, chips: Iterable[npt.NDArray[Any]]) -> None:  # noqa: ARG002  as its like
+        for _ in chips:  # they are counted on their way
+            pass
+
+    def finish(self, count: int) -> None:
+        pass
 
 
 class _Sums:

@@ -183,6 +183,7 @@ class TrainConfig(Section):
         """
         values = self.model_dump(mode="json", include=set(_DATA) if part == "data" else None, exclude=_BESIDE)
         values["seasons"] = list(self.seasons.items())  # their order is the channels'
+        del values["chips"]["store"]  # where pixels are kept does not change them
         if part == "all":
             values["fit"] = {k: v for k, v in values["fit"].items() if k not in ("accelerator", "devices")}
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -225,6 +226,8 @@ class TrainConfig(Section):
             yield f"split.by: tiles are split by fractions or by their sub-folders, not by {self.split.by}"
         if self.tiles and self.seasons:
             yield "seasons: tiles have no dates; list all their bands under bands"
+        if self.tiles and self.augment.mixed_dates:
+            yield "augment.mixed_dates: tiles have no dates; set it to 0"
         for i, area in enumerate(self.areas):
             yield from self._check_area(f"areas.{i}", area)
         parts = {area.split for area in self.areas}

@@ -239,16 +239,16 @@ def _computed_ahead(jobs: Sequence[Sequence[da.Array]]) -> Generator[Pixels, Non
     A block is computed by one thread, since several are computed at once. What is to be done is settled once for all
     blocks, and they come without the copy that dask makes of what it computes.
     """
-    workers = dask.config.get("num_workers", None) or CPU_COUNT
+    count = workers()
     # once optimized, every array carries the tasks of all
     first, *_ = optimize(*(array for job in jobs for array in job))
     graph = dict(first.__dask_graph__())
     pending: deque[Future[tuple[Pixels, ...]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="blocks") as pool:
+    with ThreadPoolExecutor(count, thread_name_prefix="blocks") as pool:
         try:
             for keys in _at_every_place(jobs):
                 pending.append(pool.submit(_computed, graph, keys))
-                if len(pending) > workers:
+                if len(pending) > count:
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()
@@ -268,3 +268,54 @@ def _at_every_place(jobs: Sequence[Sequence[da.Array]]) -> Iterator[list[Key]]:
     for r, c in np.ndindex(jobs[0][0].numblocks):
         for job in jobs:
             yield [(array.name, *(0 for _ in array.shape[:-2]), r, c) for array in job]
+
+
+def workers() -> int:
+    """How many blocks are computed at a time: what dask is told, or a thread for each processor."""
+    return int(dask.config.get("num_workers", None) or CPU_COUNT)
+
+
+class Blocks:
+    """The blocks of an area, computed one at a time and in any order.
+
+    Parameters
+    ----------
+    dates
+        As for :func:`cut`. Plane 0 is their labels, plane 1 their split, and plane 2 + i the image of date i.
+    """
+
+    def __init__(self, dates: Sequence[Place]) -> None:
+        planes = _lazy_planes(dates)
+        self.bands = planes[2].shape[0]
+        """Of the images."""
+        self._keys = [(array.name, *(0 for _ in array.shape[:-2])) for array in planes]
+        self._edges = [np.cumsum([0, *chunks]).tolist() for chunks in planes[0].chunks]
+        first, *_ = optimize(*planes)  # it carries the tasks of all
+        self._graph = dict(first.__dask_graph__())
+
+    def compute(self, plane: int, row: int, col: int) -> Pixels:
+        """Return one block of a plane, (..., y, x), by its place among the blocks."""
+        (block,) = _computed(self._graph, [(*self._keys[plane], row, col)])
+        return block
+
+    def under(self, window: Window) -> Iterator[tuple[int, int]]:
+        """Places of the blocks that hold a window's pixels."""
+        rows, cols = (
+            range(bisect_right(edges, start) - 1, bisect_left(edges, min(start + window.size, edges[-1])))
+            for edges, start in zip(self._edges, (window.row, window.col), strict=True)
+        )
+        return product(rows, cols)
+
+    def copy(self, block: Pixels, row: int, col: int, window: Window, pixels: Pixels) -> None:
+        """Copy what a block (..., y, x) holds of a window to where it belongs in the window's own (..., size, size)."""
+        (y, to_y), (x, to_x) = (
+            _overlap(edges[i], edges[i + 1], start, start + window.size)
+            for edges, i, start in zip(self._edges, (row, col), (window.row, window.col), strict=True)
+        )
+        pixels[..., to_y, to_x] = block[..., y, x]
+
+
+def _overlap(start: int, stop: int, other_start: int, other_stop: int) -> tuple[slice, slice]:
+    """What two ranges share, counted from the start of each."""
+    first, last = max(start, other_start), min(stop, other_stop)
+    return slice(first - start, last - start), slice(first - other_start, last - other_start)

@@ -32,7 +32,7 @@ from s2seg.training.augment import IGNORE_INDEX, Augment, AugmentSpec
 from s2seg.training.checkpoints import BEST, FOLDER, LAST, BestAndLast, WholeFiles, load_checkpoint
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
-from s2seg.training.data import ChipData
+from s2seg.training.data import ChipData, date_plan
 from s2seg.training.logs import LOGS, check_logs, open_logs, run_ids
 from s2seg.training.losses import build_loss
 from s2seg.training.module import Descent, SegmentationModule
@@ -360,7 +360,8 @@ def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, 
         augment=Augment(AugmentSpec(**config.augment.model_dump()), spec.bands, seen.sum(axis=0).tolist()),
         seed=config.fit.seed,
     )
-    return module, ChipData(chips, train, validation, plan)
+    dates = date_plan(chips, train, config.augment.mixed_dates, config.fit.seed)
+    return module, ChipData(chips, train, validation, plan, dates)
 
 
 def _check_batch(config: TrainConfig) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,7 @@ def write_preview(
     augment: Augment,
     legend: Legend,
     *,
+    mixed: Sequence[tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]] = (),
     seed: int = 0,
     rows: int = 6,
     columns: int = 6,
@@ -51,6 +54,9 @@ def write_preview(
         is missing; of seasonal bands the first season.
     legend
         Classes and colours.
+    mixed
+        The same chips with rectangles of other dates, images and labels: what is augmented in the first column, in the
+        second, and so on, and over again. By default the chips themselves are.
     seed
         Of the random numbers.
     rows, columns
@@ -79,8 +85,11 @@ def write_preview(
 
     pictures = [_picture(images[:, shown], low, high), colored(codes, legend)]
     generator = torch.Generator().manual_seed(seed)
-    batch = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(channel_of[labels].astype(np.int64))
-    for changed, moved in _versions(augment, batch, columns - 2, generator):
+    batches = [
+        (torch.from_numpy(np.ascontiguousarray(a[:rows])), torch.from_numpy(channel_of[b[:rows]].astype(np.int64)))
+        for a, b in mixed or [(images, labels)]
+    ]
+    for changed, moved in _versions(augment, list(islice(cycle(batches), columns - 2)), images, generator):
         picture, valid = _picture(changed[:, shown], low, high), (changed != 0).all(1)
         pictures.append(_outlined(picture, code_of[moved], valid, legend))
     title = (f"Augmented: {augment.spec}", f"shown: {', '.join(augment.bands[i] for i in shown)}; seed {seed}")
@@ -88,11 +97,14 @@ def write_preview(
 
 
 def _versions(
-    augment: Augment, batch: tuple[torch.Tensor, torch.Tensor], count: int, generator: torch.Generator
+    augment: Augment,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    images: npt.NDArray[np.uint16],
+    generator: torch.Generator,
 ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
-    """Images and labels as often as asked; where a chip would look as before it is drawn again a few times."""
-    seen = [batch[0].numpy()]
-    for _ in range(count):
+    """Augment each batch; where a chip would look as before, or as it is, it is drawn again a few times."""
+    seen: list[npt.NDArray[Any]] = [images]
+    for batch in batches:
         changed, moved = (values.numpy().copy() for values in augment(*batch, generator))
         for _ in range(_TRIES):
             same = np.any([(changed == before).all((1, 2, 3)) for before in seen], axis=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pystac
 import xarray as xr
@@ -19,7 +20,9 @@ from s2seg.sources.search import search
 from s2seg.sources.stack import aligned_chunks, geobox_for
 from s2seg.training.chips import ChipSpec
 from s2seg.training.config import AreaConfig, TrainConfig
+from s2seg.training.cutting import Place
 from s2seg.training.splits import Counts, SplitSpec, split_by_area, split_by_blocks, split_by_geometries
+from s2seg.training.tiles import TileSpec, read_tiles
 
 _CHUNK = 1024
 _CHUNK_BYTES = 384 * 2**20
@@ -75,6 +78,28 @@ def split_spec(config: TrainConfig) -> SplitSpec:
     split = config.split
     geometries = {str(part): path for part, path in (split.geometries or {}).items()}
     return SplitSpec(split.by, split.block, split.fractions, split.buffer, split.seed, geometries)
+
+
+def open_places(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Sequence[Place]:
+    """Open what a configuration is trained on: its tiles, or the regions of its areas.
+
+    Parameters
+    ----------
+    config
+        What and where.
+    on_progress
+        Called with (done, total) areas.
+
+    Raises
+    ------
+    S2SegError
+        As :func:`open_regions`, or :func:`~s2seg.training.tiles.read_tiles`.
+    """
+    if config.tiles is None:
+        return open_regions(config, on_progress)
+    tiles, split = config.tiles, config.split
+    spec = TileSpec(Path(tiles.images), Path(tiles.labels), colors=tiles.colors, remap=tiles.remap)
+    return read_tiles(spec, config.legend, config.bands, fractions=split.fractions, seed=split.seed)
 
 
 def open_regions(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> list[Region]:

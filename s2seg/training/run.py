@@ -18,18 +18,19 @@ from s2seg.progress import Progress, silent
 from s2seg.training.checkpoints import FOLDER as CHECKPOINTS
 from s2seg.training.checkpoints import LAST
 from s2seg.training.chips import ChipStore, holds_chips, open_chips, write_chips
-from s2seg.training.config import TilesConfig, TrainConfig, load_config
+from s2seg.training.config import TrainConfig, load_config
 from s2seg.training.cutting import Place
 from s2seg.training.evaluate import Evaluation, baseline, check_evaluation, evaluate, write_evaluation
 from s2seg.training.fit import FitResult, check_fit, fit
 from s2seg.training.fit import Progress as FitProgress
-from s2seg.training.regions import chip_spec, open_regions, split_spec, warn_of_empty_classes
+from s2seg.training.regions import chip_spec, open_places, split_spec, warn_of_empty_classes
 from s2seg.training.split_map import draw_split, draw_tiles
 from s2seg.training.splits import check_split
-from s2seg.training.tiles import Tile, TileSpec, read_tiles
+from s2seg.training.streaming import StreamedChips
 
 CONFIG_FILE = "config.yaml"
 CHIPS = "chips.zarr"
+_VERSIONS = 4  # of each chip in a preview
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class TrainResult:
 def prepare(
     config: TrainConfig, path: str | Path, *, overwrite: bool = False, on_progress: Progress | None = None
 ) -> tuple[Sequence[Place], ChipStore]:
-    """Open the regions or tiles, and their chips; cut these if they are not there yet.
+    """Open the regions or tiles, and their chips; choose and cut these if they are not there yet.
+
+    With ``chips.store: false`` what is written is which chips there are and what is in them, and their pixels are read
+    from the scenes when they are asked for.
 
     Parameters
     ----------
@@ -74,19 +78,22 @@ def prepare(
     """
     path, report = Path(path), on_progress or silent
     fingerprint = config.fingerprint("data")
-    places: Sequence[Place]
-    if config.tiles is not None:
-        places = _tiles(config, config.tiles)
-    else:
-        places = open_regions(config, lambda done, total: report("search", done, total))
+    places = open_places(config, lambda done, total: report("search", done, total))
     if path.exists() and not overwrite:
-        return places, open_chips(path, fingerprint)
+        chips = open_chips(path, fingerprint)
+        if chips.has_pixels or not config.chips.store:
+            return places, _readable(chips, config, places)
+        overwrite = True  # the same chips, but without the pixels that are now asked for
     warn_of_empty_classes(check_split(places, config.legend, split_spec(config).required), config)
     chips = write_chips(
         places, path, config.legend, chip_spec(config), fingerprint=fingerprint, bands=config.channels,
-        overwrite=overwrite, on_progress=lambda done, total: report("chips", done, total),
+        pixels=config.chips.store, overwrite=overwrite, on_progress=lambda done, total: report("chips", done, total),
     )  # fmt: skip
-    return places, chips
+    return places, _readable(chips, config, places)
+
+
+def _readable(chips: ChipStore, config: TrainConfig, places: Sequence[Place]) -> ChipStore:
+    return chips if chips.has_pixels else StreamedChips(chips.path, config, places)
 
 
 def chips_path(folder: str | Path, config: TrainConfig) -> Path:
@@ -103,11 +110,6 @@ def _check_chips(path: str | Path, config: TrainConfig) -> Path:
             "the output folder"
         )
     return path
-
-
-def _tiles(config: TrainConfig, tiles: TilesConfig) -> list[Tile]:
-    spec = TileSpec(Path(tiles.images), Path(tiles.labels), colors=tiles.colors, remap=tiles.remap)
-    return read_tiles(spec, config.legend, config.bands, fractions=config.split.fractions, seed=config.split.seed)
 
 
 def preview(
@@ -139,6 +141,7 @@ def preview(
         As :func:`prepare`.
     """
     from s2seg.training.augment import Augment, AugmentSpec
+    from s2seg.training.data import MixedChips, date_plan
     from s2seg.training.preview import write_preview
 
     path = check_writable(path, overwrite=overwrite)
@@ -153,9 +156,11 @@ def preview(
     augment = Augment(
         AugmentSpec(**config.augment.model_dump()), config.channels, store.histogram[train].sum(axis=0).tolist()
     )
+    dates = date_plan(store, train, config.augment.mixed_dates, config.fit.seed)
+    mixes = [] if dates is None else dates.draw(0, [np.searchsorted(train, shown)] * _VERSIONS)
     return write_preview(
-        path, store.images(shown), store.labels(shown), augment, config.legend, seed=config.fit.seed, rows=len(shown),
-        overwrite=overwrite,
+        path, *store.read(shown), augment, config.legend, mixed=[MixedChips(store).read(m.among(train)) for m in mixes],
+        seed=config.fit.seed, rows=len(shown), columns=2 + _VERSIONS, overwrite=overwrite,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ CLASS_WEIGHTS = ("none", "inverse_frequency", "inverse_samples", "effective_numb
 _MOST = 20.0  # a chip is drawn at most this many times as often as by chance, however rare its classes are
 
 Histogram = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
 
 
 def class_weights(kind: str, histogram: Histogram, beta: float | None = None) -> npt.NDArray[np.float32]:
@@ -149,3 +151,77 @@ class EpochPlan:
             rounds = -(-wanted // self.n)
             drawn = np.concatenate([rng.permutation(self.n) for _ in range(rounds)])[:wanted]
         return list(drawn.reshape(-1, self.batch_size))
+
+
+@dataclass(frozen=True, eq=False)
+class DateMix:
+    """The chips of a batch, and the rectangles that they get of other dates.
+
+    Parameters
+    ----------
+    chips
+        (n,) int64.
+    others
+        (n,) int64: the same places at other dates, or the chip itself where it stays as it is.
+    squares
+        (n, 3) float64: centre (down, across) and side of the rectangle, in sides of the chip.
+    """
+
+    chips: Positions
+    others: Positions
+    squares: npt.NDArray[np.float64]
+
+    def share(self, rank: int, world: int) -> DateMix:
+        """Every ``world``-th chip, from ``rank`` on."""
+        mine = slice(rank, None, world)
+        return DateMix(self.chips[mine], self.others[mine], self.squares[mine])
+
+    def among(self, indices: Positions) -> DateMix:
+        """The same with positions among ``indices`` replaced by these."""
+        return replace(self, chips=indices[self.chips], others=indices[self.others])
+
+
+class DatePlan:
+    """Which chips of an epoch get a rectangle of another date: a function of seed and epoch, as :class:`EpochPlan`.
+
+    Parameters
+    ----------
+    places
+        (n, k) int64: rows are equal where chips show the same place; these are of different dates.
+    share
+        Of the chips that get one, of those that there are at several dates.
+    seed
+        Start of all draws.
+    """
+
+    def __init__(self, places: npt.NDArray[np.int64], share: float, seed: int = 0) -> None:
+        self._share, self._seed = share, seed
+        _, place, count = np.unique(places, axis=0, return_inverse=True, return_counts=True)
+        self._by_place = np.argsort(place, kind="stable")
+        self._count = count[place]
+        self._first = (np.cumsum(count) - count)[place]
+        self._rank = np.empty(len(places), np.int64)
+        self._rank[self._by_place] = np.arange(len(places)) - self._first[self._by_place]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any place is there at two dates."""
+        return bool((self._count > 1).any())
+
+    def draw(self, epoch: int, batches: Sequence[Positions]) -> list[DateMix]:
+        """Draw for the batches of an epoch: a mix for each.
+
+        As in CutMix (Yun et al. 2019, arXiv:1905.04899) the rectangle's area is uniform from nothing to all, and what
+        of it lies beyond the chip is cut off.
+        """
+        rng = np.random.default_rng([self._seed, epoch, 1])  # not the numbers that draw the batches
+        return [self._mix(rng, chips) for chips in batches]
+
+    def _mix(self, rng: np.random.Generator, chips: Positions) -> DateMix:
+        hit, step, side, *centre = rng.random((5, len(chips)))
+        count, first, rank = self._count[chips], self._first[chips], self._rank[chips]
+        # one of the others; it is the chip itself where there is no other
+        away = 1 + (step * (count - 1)).astype(np.int64)
+        others = self._by_place[first + (rank + away) % count]
+        squares = np.stack([*centre, np.sqrt(side)], axis=1)
+        return DateMix(chips, np.where(hit < self._share, others, chips), squares)

@@ -267,6 +267,11 @@ class ChipsConfig(Section):
     min_labelled: Share = Field(default=0.1, description="least share of labelled pixels")
     max_nodata: Share = Field(default=0.5, description="greatest share of pixels without data, clouds among them")
     drop_only: tuple[str, ...] = Field(default=(), description="classes by name: a chip of nothing else is left out")
+    store: bool = Field(
+        default=True,
+        description="false: chips are not written to disk, but read from their scenes whenever they are asked for: "
+        "slower, for areas whose chips would not fit",
+    )
 
     @model_validator(mode="after")
     def _no_gaps(self) -> ChipsConfig:
@@ -382,6 +387,9 @@ class AugmentConfig(Section):
     clouds: Share = Field(default=0.0, description="share of chips with synthetic clouds; what they hide has no label")
     cutmix: Share = Field(default=0.0, description="share of chips with a rectangle of another one (CutMix)")
     copy_paste: Share = Field(default=0.0, description="share of chips that get rare classes of another one")
+    mixed_dates: Share = Field(
+        default=0.0, description="share of chips with a rectangle of another date of the same place (areas.datetime)"
+    )
 
     @field_validator("scale")
     @classmethod

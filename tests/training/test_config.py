@@ -182,6 +182,7 @@ def test_fingerprints_change_with_what_they_stand_for(load):
         ("areas.0.datetime=[]", "areas.0.datetime: is empty"),
         ("areas.0.aoi=[1, 2]", "areas.0.aoi: makes no sense; the template says: west, south, east, north in degrees"),
         ("areas.0.labels.remap={1.5: 2}", "areas.0.labels.remap.1.5: makes no sense; the template says: value in"),
+        ("augment.mixed_dates=2", "augment.mixed_dates: should be less than or equal to 1"),
         ("augment.scale=[2, 1]", "augment.scale: least first"),
         ("augment.scale=[1, 2, 3]", "augment.scale: should have 2 entries, not 3"),
         ("chips.size=100", "chips.size: 100 is not a multiple of the network's stride 32"),
@@ -229,6 +230,8 @@ def test_all_mistakes_are_listed(load):
     with pytest.raises(ConfigError, match=r"two are called 'a'; name them apart; .* none has split: validation"):
         area = {"name": "a", "catalog": "c", "datetime": "2020", "labels": {"raster": "l.tif"}, "split": "train"}
         load(areas=[area, area], split={"by": "area"})
+    with pytest.raises(ConfigError, match=r"augment.mixed_dates: tiles have no dates; set it to 0"):
+        load("augment.mixed_dates=0.5", **TILES)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_validation_is_one_matrix_over_all_pixels():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    store = SimpleNamespace(images=images.__getitem__, labels=labels.__getitem__)
+    store = SimpleNamespace(read=lambda indices: (images[indices], labels[indices]))
     feed = Feed(store, lambda _: [np.array([0, 1]), np.array([2]), np.array([3, 4])], lambda: 0)
     with pytest.warns(FutureWarning, match="LeafSpec"):  # fit() silences it
         (logged,) = trainer.validate(module, feed, verbose=False)

@@ -63,3 +63,15 @@ def test_the_seed_decides_and_nothing_is_overwritten_unasked(tmp_path):
     with pytest.raises(OutputError, match="overwrite"):
         draw("a.png", 2)
     assert not np.array_equal(pixels(draw("a.png", 2, overwrite=True)), first)
+
+
+def test_mixed_dates_are_what_is_augmented(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Page, "image", lambda self, x, y, width, height, image: drawn.append(image))
+    images, labels = chips(1)
+    later = [(images + np.uint16(shift), labels) for shift in (100, 200)]
+    augment = Augment(AugmentSpec(flips=False, mixed_dates=0.5), ("blue", "green", "red", "nir"))
+    assert "mixed_dates 0.5" in str(augment.spec)
+    write_preview(tmp_path / "p.png", images, labels, augment, LEGEND, columns=5, mixed=later)
+    means = [image.mean() for image in (drawn[0], *drawn[2:])]
+    assert means[0] != means[1] != means[2] and means[3] == means[1]

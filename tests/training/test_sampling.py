@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from s2seg.errors import InputError
-from s2seg.training.sampling import CLASS_WEIGHTS, EpochPlan, chip_weights, class_weights
+from s2seg.training.sampling import CLASS_WEIGHTS, DatePlan, EpochPlan, chip_weights, class_weights
 
 # three classes and one that is absent: 600, 300 and 100 pixels, in 3, 1 and 2 chips
 HISTOGRAM = np.array([[300, 0, 50, 0], [200, 300, 50, 0], [100, 0, 0, 0]])
@@ -90,3 +90,27 @@ def test_epochs_are_a_function_of_seed_and_epoch(weights):
 def test_plans_refuse(arguments, says):
     with pytest.raises(InputError, match=says):
         EpochPlan(**arguments)
+
+
+def test_rectangles_come_from_other_dates_of_the_same_place():
+    places = np.array([[0, 32, 5, 5], [1, 32, 5, 5], [0, 32, 5, 5], [0, 32, 5, 9], [0, 64, 5, 5], [0, 32, 5, 5]])
+    same = {0: {2, 5}, 2: {0, 5}, 5: {0, 2}}
+    plan = DatePlan(places, 0.5, seed=3)
+    batches = [np.tile(np.arange(6), 50)] * 2
+    first, second = plan.draw(4, batches)
+    assert plan.mixes and not DatePlan(places[1:4], 1.0).mixes
+    np.testing.assert_array_equal(first.chips, batches[0])
+    found = {chip: set(first.others[(first.chips == chip) & (first.others != chip)].tolist()) for chip in range(6)}
+    assert found == {chip: same.get(chip, set()) for chip in range(6)}
+    mixed = (first.others != first.chips)[np.isin(first.chips, list(same))].mean()
+    assert 0.35 < mixed < 0.65
+    assert first.squares.min() >= 0 and first.squares.max() < 1
+    assert abs((first.squares[:, 2] ** 2).mean() - 0.5) < 0.06, "areas are uniform"
+
+    def values(mixes):
+        return [array.tolist() for mix in mixes for array in (mix.chips, mix.others, mix.squares)]
+
+    assert values([first, second]) == values(DatePlan(places, 0.5, seed=3).draw(4, batches))
+    assert values([first]) != values([second]) != values(plan.draw(5, batches)[:1])
+    shares = [first.among(np.arange(10, 16)).share(rank, 2) for rank in (0, 1)]
+    np.testing.assert_array_equal(np.stack([s.others for s in shares], 1).ravel(), first.others + 10)
