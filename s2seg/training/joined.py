@@ -51,6 +51,11 @@ class JoinedChips(ChipStore):
         store, inner = self._inside(indices)
         return store.labels(inner)
 
+    def read(self, indices: int | slice | npt.ArrayLike) -> tuple[Images, Labels]:
+        """Both, as of a `ChipStore`; the indices are all of one part, since the sizes differ."""
+        store, inner = self._inside(indices)
+        return store.read(inner)
+
     def _inside(self, indices: int | slice | npt.ArrayLike) -> tuple[ChipStore, npt.NDArray[np.int64]]:
         """The store that holds these chips, and their indices there."""
         asked = np.atleast_1d(np.arange(len(self))[cast(Any, indices)])
