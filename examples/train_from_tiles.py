@@ -6,8 +6,9 @@
 Without a folder two small data sets are made and trained on, one after the other: 8-bit RGB pictures (PNG) whose masks
 have the colours of the DeepGlobe challenge, and GeoTIFFs of six bands whose masks hold class numbers.
 
-FOLDER/images holds GeoTIFF files of any number of bands, or PNG or JPEG files of one or three (a PNG's fourth is alpha,
-where 0 is no data), of 8 bits (white is a reflectance of 1) or of 16 (reflectance times 10000, 0 is no data).
+FOLDER/images holds GeoTIFF files of any number of bands, PNG files of at most four or JPEG files of three (one band
+more than are named, if it is alpha, tells where there is no data), of 8 bits (white is a reflectance of 1) or of 16
+(reflectance times 10000, 0 is no data).
 FOLDER/labels holds a mask of the same name for each: one band of the legend's codes, or three bands of the legend's
 colours, where black means no label. Sub-folders train, val and test in both are the split; without them whole tiles are
 drawn at random, 70, 15 and 15 percent.

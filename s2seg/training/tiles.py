@@ -29,7 +29,6 @@ from s2seg.training.splits import PARTS, deal, split_by_area
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 _LISTED = 3
-_ALPHA = "; a PNG holds 1 or 3 besides alpha, a GeoTIFF any number (not alpha: gdal_edit.py -colorinterp_4 undefined)"
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,9 @@ def read_tiles(
     legend
         What the masks mean.
     bands
-        Names of the images' bands, in the files' order (an alpha band after them is a mask). A GeoTIFF holds any
-        number; a PNG one or three, since its fourth is alpha; a JPEG one or three.
+        Names of the images' bands, in the files' order. One band more, if it is alpha, is a mask; what counts as alpha
+        in a file of as many bands as are named, such as near infrared beside RGB, is a band. A GeoTIFF holds any
+        number, a PNG at most four, a JPEG three.
     fractions, seed
         The split over whole tiles, drawn at random, where no sub-folders give one.
 
@@ -242,12 +242,8 @@ def _check_pair(image: Path, mask: Path, bands: Sequence[str]) -> tuple[int, int
     with _open(image) as a, _open(mask) as b:
         if a.shape != b.shape:
             raise InputError(f"{image} has {a.shape} pixels, and its mask {mask} {b.shape}")
-        alpha = ColorInterp.alpha in a.colorinterp
-        if a.count - alpha != len(bands):
-            raise InputError(
-                f"{image} has {a.count - alpha} bands{' and alpha' if alpha else ''}, and {len(bands)} are named: "
-                f"{', '.join(bands)}{_ALPHA if a.count == len(bands) else ''}"
-            )
+        if a.count != len(bands) and not _has_mask(a, len(bands)):
+            raise InputError(f"{image} has {a.count} bands, and {len(bands)} are named: {', '.join(bands)}")
         if a.dtypes[0] not in ("uint8", "uint16"):
             raise InputError(f"{image} holds {a.dtypes[0]}: convert it to Byte or UInt16 (reflectance x 10000)")
         if not np.issubdtype(np.dtype(b.dtypes[0]), np.integer):
@@ -268,12 +264,17 @@ def _open(path: Path) -> Iterator[rasterio.DatasetReader]:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def _has_mask(dataset: rasterio.DatasetReader, bands: int) -> bool:
+    """Whether alpha comes after the bands: GDAL calls every fourth band of 8 bits so, be it one that is named or not."""
+    return bool(dataset.count == bands + 1 and dataset.colorinterp[bands] == ColorInterp.alpha)
+
+
 def _read_image(path: Path, bands: int) -> npt.NDArray[np.uint16]:
     with _open(path) as dataset:
         data = dataset.read(list(range(1, bands + 1)))
         missing = (data == dataset.nodata).any(axis=0) if dataset.nodata is not None else np.zeros(dataset.shape, bool)
-        if ColorInterp.alpha in dataset.colorinterp:
-            missing |= dataset.read(dataset.colorinterp.index(ColorInterp.alpha) + 1) == 0
+        if _has_mask(dataset, bands):
+            missing |= dataset.read(bands + 1) == 0
     if data.dtype == np.uint8:
         scaled: npt.NDArray[np.uint16] = np.maximum(data.astype(np.uint32) * 10000 // 255, 1).astype(np.uint16)
     else:

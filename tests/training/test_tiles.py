@@ -164,11 +164,19 @@ def test_pairs_that_do_not_fit(folders, legend, image, mask, says):
         read_tiles(folders, legend, "abcdef")
 
 
-def test_a_fourth_band_of_a_png_is_alpha(folders, legend):
-    save_png(folders.images / "a.png", np.full((40, 50, 4), 100))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_fourth_band_that_is_named_is_no_mask(folders, legend, suffix):
+    pixels = np.full((40, 50, 4), 51)
+    pixels[0, 0, 3] = 0  # as dark as near infrared is over water
+    save_png(folders.images / "a.png", pixels)
     save_png(folders.labels / "a.png", CODES)
-    with pytest.raises(InputError, match=r"has 3 bands and alpha, and 4 are named: .*; a PNG holds 1 or 3 besides"):
-        read_tiles(folders, legend, (*RGB, "nir"))
+    if suffix == "tif":
+        (folders.images / "a.png").unlink()
+        save_tif(folders.images / "a.tif", np.moveaxis(pixels, -1, 0).astype(np.uint8))
+    (tile,) = read_tiles(folders, legend, (*RGB, "nir"))
+    assert tile.scene.values[:, 0, 0].tolist() == [2000, 2000, 2000, 1]
+    with pytest.raises(InputError, match="has 4 bands, and 2 are named: red, green"):
+        read_tiles(folders, legend, RGB[:2])
 
 
 def test_folders_that_do_not_fit(folders, legend):
