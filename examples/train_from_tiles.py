@@ -6,10 +6,11 @@
 Without a folder two small data sets are made and trained on, one after the other: 8-bit RGB pictures (PNG) whose masks
 have the colours of the DeepGlobe challenge, and GeoTIFFs of six bands whose masks hold class numbers.
 
-FOLDER/images holds GeoTIFF, PNG or JPEG files of three or more bands, of 8 bits (white is a reflectance of 1) or of 16
-(reflectance times 10000, 0 is no data). FOLDER/labels holds a mask of the same name for each: one band of the legend's
-codes, or three bands of the legend's colours, where black means no label. Sub-folders train, val and test in both are
-the split; without them whole tiles are drawn at random, 70, 15 and 15 percent.
+FOLDER/images holds GeoTIFF files of any number of bands, or PNG or JPEG files of one or three (a PNG's fourth is alpha,
+where 0 is no data), of 8 bits (white is a reflectance of 1) or of 16 (reflectance times 10000, 0 is no data).
+FOLDER/labels holds a mask of the same name for each: one band of the legend's codes, or three bands of the legend's
+colours, where black means no label. Sub-folders train, val and test in both are the split; without them whole tiles are
+drawn at random, 70, 15 and 15 percent.
 
 LEGEND is a YAML file like those in examples/legends, or the name of a built-in legend. The same can be written as a
 configuration for `s2seg train`, with `tiles:` in place of `areas:`; `s2seg train --template` explains all keys.
@@ -25,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+import yaml
 from PIL import Image
-from pydantic import ValidationError
 from rasterio.transform import from_origin
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +36,7 @@ from s2seg.errors import S2SegError
 from s2seg.legend import Legend
 from s2seg.testing.landscape import LEGEND, make_landscape
 from s2seg.testing.scene import make_scene
-from s2seg.training.config import TrainConfig
+from s2seg.training.config import TrainConfig, load_config
 from s2seg.training.run import train
 
 DEEPGLOBE = Path(__file__).parent / "legends" / "deepglobe.yaml"
@@ -58,27 +59,32 @@ class DataSet:
     legend: str | dict[str, object]
 
 
-def configuration(data: DataSet, epochs: int) -> TrainConfig:
-    """Describe the training; everything that is not said here has a default."""
-    return TrainConfig.model_validate(
-        {
-            "name": data.folder.name,
-            "legend": data.legend,
-            "bands": data.bands,
-            "tiles": {"images": str(data.folder / "images"), "labels": str(data.folder / "labels")},
-            "chips": {"size": 64, "stride": 32},
-            "network": {"encoder": "resnet18", "arguments": {"encoder_depth": 3, "decoder_channels": [64, 32, 16]}},
-            "optimizer": {"learning_rate": 3e-3},
-            "fit": {"epochs": epochs, "batch_size": 8},
-            "logs": ["csv"],
-        }
-    )
+def configuration(data: DataSet, output: Path, epochs: int) -> TrainConfig:
+    """Describe the training in ``train.yaml``; everything that is not said there has a default."""
+    folder, legend = data.folder.absolute(), data.legend
+    if isinstance(legend, str) and Path(legend).suffix:  # a file: in a configuration, paths count from its own folder
+        legend = str(Path(legend).absolute())
+    values = {
+        "name": folder.name,
+        "legend": legend,
+        "bands": list(data.bands),
+        "tiles": {"images": str(folder / "images"), "labels": str(folder / "labels")},
+        "chips": {"size": 64, "stride": 32},
+        "network": {"encoder": "resnet18", "arguments": {"encoder_depth": 3, "decoder_channels": [64, 32, 16]}},
+        "optimizer": {"learning_rate": 3e-3},
+        "fit": {"epochs": epochs, "batch_size": 8},
+        "logs": ["csv"],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "train.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return load_config(file)
 
 
 def train_and_score(data: DataSet, output: Path, epochs: int) -> None:
     """Train, and print how good the model is on tiles that it has not seen."""
     console.rule(f"{data.folder}: {', '.join(data.bands)}")
-    result = train(configuration(data, epochs), output, overwrite=True)
+    result = train(configuration(data, output.parent, epochs), output, overwrite=True)
     if result.test is None:
         console.print("no tile is left for a test")
         return
@@ -166,7 +172,7 @@ def main() -> int:
             pictures, geotiffs = output / "pictures", output / "geotiffs"
             train_and_score(make_pictures(pictures, options.size), pictures / "model", options.epochs)
             train_and_score(make_geotiffs(geotiffs, options.size), geotiffs / "model", options.epochs)
-    except (S2SegError, ValidationError) as error:
+    except (S2SegError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
     console.print(f"done in {time.monotonic() - start:.0f} s")

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -341,7 +341,10 @@ def evaluate_command(
 def export_command(
     model: Annotated[str, typer.Option(help="A model bundle: a folder or an fsspec URL.")],
     kind: Annotated[str, typer.Option(help="onnx, torchscript or openvino.")],
-    output: Annotated[Path, typer.Option(parser=_local, help="Where to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(parser=_local, help="Where to write: a folder (onnx), a .pt (torchscript) or an .xml (openvino)."),
+    ],
     chips: Annotated[Path | None, typer.Option(help="Chip store to compare on [default: the model's own].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
@@ -355,7 +358,7 @@ def export_command(
     bundle = load_model(model)
     own = bundle.folder / "chips.zarr"
     store = chips or (own if own.exists() else None)
-    images = None if store is None else _some_chips(store)
+    images = None if store is None else _some_chips(store, bundle.spec.bands)
     made = export_model(bundle, cast(Any, kind), output, chips=images, overwrite=overwrite)
     out.print(
         f"{made.path}  agrees with torch on {100 * made.agreement:.3f} % of pixels, probabilities within "
@@ -367,19 +370,27 @@ def export_command(
 def models_show(
     path: Annotated[str, typer.Argument(help="A model bundle: a folder or an fsspec URL.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Run it with every installed runtime: agreement with torch, and speed.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Run it with every installed runtime: agreement with torch in float32 (an ONNX model: with "
+            "onnxruntime), and speed.",
+        ),
     ] = False,
     chips: Annotated[
         Path | None, typer.Option(help="For --check: a chip store with real pixels [default: a synthetic landscape].")
     ] = None,
 ) -> None:
-    """Print what a bundle holds: bands, scaling, legend, geometry, provenance."""
+    """Print what a bundle holds: bands, scaling, legend, geometry, provenance.
+
+    Example: `s2seg models show m/ --check --chips m/chips.zarr`
+    """
     from s2seg.models.bundle import describe, load_model
 
     bundle = load_model(path)
     out.print(_facts_table(describe(bundle)))
     if check:
-        out.print(_checks_table(bundle, None if chips is None else _some_chips(chips)))
+        out.print(_checks_table(bundle, None if chips is None else _some_chips(chips, bundle.spec.bands)))
 
 
 @models.command("import")
@@ -432,23 +443,29 @@ def _needs(*packages: str) -> None:
         raise InputError(f"training needs {', '.join(missing)}: pip install 's2seg[train]'")
 
 
-def _some_chips(store: Path) -> Any:
-    """A few real pixels to compare runtimes on."""
+def _some_chips(store: Path, bands: Sequence[str]) -> Any:
+    """A few real pixels to compare runtimes on, in a model's bands."""
     _needs("pydantic")
     from s2seg.training.chips import open_chips
 
-    return open_chips(store).images(slice(0, 8))
+    chips = open_chips(store)
+    if missing := [band for band in bands if band not in chips.bands]:
+        raise InputError(
+            f"the model needs {', '.join(missing)}, and the chips in {store} have {', '.join(chips.bands)}"
+        )
+    return chips.images(slice(0, 8))[:, [chips.bands.index(band) for band in bands]]
 
 
 def _checks_table(bundle: Any, pixels: Any) -> Table:
-    from s2seg.models.checking import check_runtimes
+    from s2seg.models.checking import check_runtimes, reference
 
-    table = Table("runtime", "device", "precision", "agreement %", "Mpx/s")
+    caption = f"agreement with {reference(bundle)} in float32 on the CPU"
+    table = Table("runtime", "device", "precision", "agreement %", "Mpx/s", "why not", caption=caption)
     with _progress() as report:
         rows = check_runtimes(bundle, pixels, lambda done, total: report("check", done, total))
     for row in rows:
-        said = ("-", row.reason) if row.reason else (f"{100 * row.agreement:.4f}", f"{row.speed:.2f}")
-        table.add_row(row.runtime, row.device or "-", row.precision, *said)
+        said = ("-", "-") if row.reason else (f"{100 * row.agreement:.4f}", f"{row.speed:.2f}")
+        table.add_row(row.runtime, row.device or "-", row.precision, *said, row.reason)
     return table
 
 

@@ -318,9 +318,11 @@ def test_an_unwritable_output(
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["map", "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert "Example" in printed and "per-date" in printed
+    for command in (
+        "search", "map", "train", "tune", "evaluate", "export", "models show", "models import",
+    ):  # fmt: skip
+        assert cli.main([*command.split(), "--help"]) == 0
+        assert f"s2seg {command} " in capsys.readouterr().out.partition("Example")[2], command
 
 
 def test_an_interrupted_training_says_how_to_go_on(

@@ -37,6 +37,7 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 
@@ -64,6 +65,22 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     printed = script("demo.py", tmp_path / "demo", "--size", 384, "--epochs", 1)
     assert "overall accuracy" in printed
     assert (tmp_path / "demo" / "map" / "quicklook.png").stat().st_size > 10_000
+
+
+def test_a_mistake_with_tiles_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = load("train_from_tiles")
+    monkeypatch.setattr(example.console, "width", 400)
+    for option, value, says in (
+        ("--bands", "red,green,blu", "bands: unknown 'blu': did you mean blue?"),
+        ("--legend", "nope", "legend: "),
+        ("--bands", "red,green,blue", "there is no folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "in"), "--output", str(tmp_path), option, value])
+        assert example.main() == 2
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "error" in line]
+        assert says in line and "pydantic" not in line
 
 
 def test_ready_cut_tiles_of_both_kinds(tmp_path: Path) -> None:

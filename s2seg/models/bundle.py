@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,17 @@ if TYPE_CHECKING:
     import torch
 
 SPEC_FILE = "model.json"
+CONFIG_FILE = "config.yaml"
+"""What a model was trained with, if ``s2seg train`` wrote it: it goes with the model, and is not needed to run it."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin")
 _REFUSED = (
     "refused: pickled weights can run code when they are loaded. Where you trust the file, load it with torch "
     "(weights_only=True) and export the state dict with s2seg.models.save_bundle (safetensors)"
+)
+
+_EXPORTED = (
+    "a file for other programs (TorchScript or OpenVINO), which s2seg does not read: use the model that it was made "
+    "from, or export that with --kind onnx"
 )
 
 
@@ -173,7 +181,10 @@ def _load_folder(path: str, folder: Path) -> ModelBundle:
     if not folder.is_dir():
         _refuse_file(path, folder)
     if not (folder / SPEC_FILE).is_file():
-        if any(file.suffix.lower() in _PICKLES for file in folder.iterdir()):
+        files = sorted(folder.iterdir())
+        if any(map(_is_export, files)):
+            raise ModelError(path, _EXPORTED)
+        if any(file.suffix.lower() in _PICKLES for file in files):
             raise ModelError(path, _REFUSED)
         raise ModelError(path, f"not a model bundle: no {SPEC_FILE} in the folder")
     try:
@@ -189,10 +200,23 @@ def _refuse_file(path: str, file: Path) -> None:
     """Say why ``file``, which is no folder, is not a bundle."""
     if not file.exists():
         raise ModelError(path, "there is no such folder")
+    if _is_export(file):
+        raise ModelError(path, _EXPORTED)
     refuse_pickle(path, file)
     if file.suffix.lower() == ".onnx":
         raise ModelError(path, "a bare ONNX network: wrap it first with `s2seg models import`")
     raise ModelError(path, f"not a model bundle: a folder with {SPEC_FILE} and weights is needed, not a file")
+
+
+def _is_export(file: Path) -> bool:
+    """Whether a file is OpenVINO's or TorchScript's: by names alone, of files and of what is in the archive."""
+    if file.suffix in (".xml", ".bin"):
+        return file.with_suffix(".xml").is_file() and file.with_suffix(".bin").is_file()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):  # a folder, no archive, or a damaged one
+        return False
 
 
 def refuse_pickle(path: str, file: Path) -> None:
@@ -280,7 +304,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
         return
     if not (target / SPEC_FILE).is_file():
         raise OutputError(str(target), f"the folder holds other things (no {SPEC_FILE}): choose another")
-    ours = {SPEC_FILE, *WEIGHTS_FILES.values()}
+    ours = {SPEC_FILE, CONFIG_FILE, *WEIGHTS_FILES.values()}
     if more := sorted(path.name for path in target.iterdir() if path.name not in ours):
         raise OutputError(
             str(target), f"the folder holds more than a model, which is never removed ({more[0]}): choose another"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle
-from s2seg.models.export import synthetic_pixels
+from s2seg.models.export import check_chips, synthetic_pixels
 from s2seg.models.runtimes import COMPILED, Session, available_runtimes, open_session
 
 _SIDE, _REPEATS = 512, 3
@@ -45,6 +45,11 @@ class RuntimeCheck:
     reason: str = ""
 
 
+def reference(bundle: ModelBundle) -> str:
+    """Name the runtime whose answers in float32 on the CPU the others are compared with."""
+    return "onnxruntime" if bundle.is_onnx else "torch"
+
+
 def check_runtimes(
     bundle: ModelBundle,
     chips: npt.NDArray[np.uint16] | None = None,
@@ -55,15 +60,22 @@ def check_runtimes(
     Parameters
     ----------
     bundle
-        The reference is torch in float32 on the CPU, and onnxruntime for an ONNX bundle.
+        What :func:`reference` names is what the others are compared with.
     chips
-        (n, band, y, x) uint16 stored numbers; without them a synthetic landscape of four windows of 512 px.
+        (n, band, y, x) uint16 stored numbers, bands in the model's order; without them a synthetic landscape of four
+        windows of 512 px.
     on_progress
         Called with (done, total) runtimes and precisions: ``torch-compiled`` takes a quarter of a minute for each.
+
+    Raises
+    ------
+    InputError
+        For chips that do not fit the model.
     """
-    pixels = synthetic_pixels(bundle.spec, _SIDE // bundle.spec.stride * bundle.spec.stride) if chips is None else chips
-    own, other = ("onnxruntime", "torch") if bundle.is_onnx else ("torch", "onnxruntime")
-    expected = _classes(open_session(bundle, own, "cpu", "float32"), pixels)
+    spec = bundle.spec
+    pixels = synthetic_pixels(spec, _SIDE // spec.stride * spec.stride) if chips is None else check_chips(spec, chips)
+    expected = _classes(open_session(bundle, reference(bundle), "cpu", "float32"), pixels)
+    other = "torch" if bundle.is_onnx else "onnxruntime"
     runtimes = [runtime for runtime in available_runtimes() if runtime != other]  # it cannot read this kind of bundle
     if "torch" in runtimes:
         runtimes.insert(runtimes.index("torch") + 1, COMPILED)

@@ -2,7 +2,7 @@
 
 What the files take and return is said in :mod:`s2seg.models.conversion`. The ONNX form is a bundle as well: its
 ``model.json`` says scale 1, mean 0 and deviation 1, which leaves the numbers as they are, so ``s2seg map --model`` runs
-it with onnxruntime.
+it with onnxruntime. The configuration of its training goes along, so that ``s2seg evaluate`` knows its test part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from s2seg.errors import InputError, OutputError
-from s2seg.models.bundle import ModelBundle, check_replaceable, write_bundle
+from s2seg.models.bundle import CONFIG_FILE, ModelBundle, check_replaceable, write_bundle
 from s2seg.models.conversion import KINDS, REFUSALS, ConversionError, Kind, Run, check_packages, convert, reason
 from s2seg.models.runtimes.answers import softmax
 from s2seg.models.spec import ONNX, ModelSpec
@@ -92,15 +92,16 @@ def export_model(
     """
     target = _check_target(kind, path, overwrite)
     check_packages(bundle, kind)
-    pixels = synthetic_pixels(bundle.spec) if chips is None else _check_chips(bundle.spec, chips)
+    pixels = synthetic_pixels(bundle.spec) if chips is None else check_chips(bundle.spec, chips)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / f"model{_SUFFIXES.get(kind, '.onnx')}"
         run = convert(bundle, kind, file)
         comparison = _compare(bundle, run, pixels)
         comparison.check(bundle.path, kind)
         if kind == "onnx":
-            spec = _spec_of_export(bundle)
-            write_bundle(target, spec, lambda weights: shutil.copyfile(file, weights), overwrite=overwrite)
+            write_bundle(
+                target, _spec_of_export(bundle), lambda weights: _copy(bundle, file, weights), overwrite=overwrite
+            )
         else:
             _publish(file, target)
     return Export(target, kind, comparison.agreement, comparison.max_difference, comparison.pixels)
@@ -148,13 +149,20 @@ def _check_target(kind: str, path: str | Path, overwrite: bool) -> Path:
             raise InputError(f"{path}: an ONNX export is a folder with model.onnx in it; give a name without .onnx")
         check_replaceable(target.resolve(), overwrite)
     elif target.suffix != _SUFFIXES[kind]:
-        raise InputError(f"{path}: the file of a {kind} export ends in {_SUFFIXES[kind]}")
+        raise InputError(f"{path}: with --kind {kind} a file is written, whose name must end in {_SUFFIXES[kind]}")
     elif target.exists() and not overwrite:
         raise OutputError(str(path), "it exists already; pass --overwrite (overwrite=True) or choose another path")
     return target
 
 
-def _check_chips(spec: ModelSpec, chips: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+def check_chips(spec: ModelSpec, chips: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Return (n, band, y, x) uint16 stored numbers as they are, if a model can run on them.
+
+    Raises
+    ------
+    InputError
+        Which they should be: the model's bands, and its window or multiples of its stride.
+    """
     if chips.ndim != 4 or chips.shape[1] != len(spec.bands) or not len(chips) or chips.dtype != np.uint16:
         raise InputError(
             f"chips are {chips.dtype} {chips.shape}; uint16 (n, {len(spec.bands)}, y, x) is needed, with at least one"
@@ -268,6 +276,13 @@ def _spec_of_export(bundle: ModelBundle) -> ModelSpec:
         std=(1.0,) * len(spec.bands),
         provenance={**spec.provenance, "exported_from": origin},
     )
+
+
+def _copy(bundle: ModelBundle, file: Path, target: Path) -> None:
+    """Put the network at its place in a bundle, and the configuration of its training beside it, if there is one."""
+    shutil.copyfile(file, target)
+    if (bundle.folder / CONFIG_FILE).is_file():
+        shutil.copyfile(bundle.folder / CONFIG_FILE, target.with_name(CONFIG_FILE))
 
 
 def _publish(file: Path, target: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 
 from s2seg.errors import InputError
 from s2seg.legend import Legend
 
+UNKNOWN = -1
 _LISTED = 12
 
 
@@ -68,16 +72,71 @@ def plain(value: Any) -> int | str:
     return whole if whole == value else str(value)
 
 
-def unknown(href: str, values: Iterable[int | str], legend: Legend, what: str = "values") -> InputError:
-    """Make the error for values that nothing explains."""
-    ordered = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
-    listed = ", ".join(map(str, ordered[:_LISTED])) + more
-    where = "colors" if what == "colors" else "remap"
-    return InputError(
-        f"labels {href}: {what} {listed} are not in {describe(legend)}; "
-        f"add each to `{where}`, with a code or class name, or null to drop it"
-    )
+class UnknownLabelsError(InputError):
+    """Labels hold values that nothing explains.
+
+    Parameters
+    ----------
+    href
+        The file.
+    values
+        The values, or colours packed as 0xrrggbb.
+    legend
+        What does not have them.
+    what
+        ``values`` or ``colors``.
+    """
+
+    def __init__(self, href: str, values: Collection[int | str], legend: Legend, what: str = "values") -> None:
+        super().__init__(href, values, legend, what)
+        self.href, self.values, self.legend, self.what = href, frozenset(values), legend, what
+
+    def __str__(self) -> str:
+        ordered = sorted(self.values, key=lambda value: (isinstance(value, str), value))
+        more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
+        form, where = ("#{:06x}", "colors") if self.what == "colors" else ("{}", "remap")
+        listed = ", ".join(map(form.format, ordered[:_LISTED])) + more
+        return (
+            f"labels {self.href}: {self.what} {listed} are not in {describe(self.legend)}; "
+            f"add each to `{where}`, with a code or class name, or null to drop it"
+        )
+
+
+class Gathered:
+    """Unknown labels of one piece after another, for one error that lists them all."""
+
+    def __init__(self) -> None:
+        self._error: UnknownLabelsError | None = None
+
+    @contextmanager
+    def piece(self) -> Iterator[None]:
+        """Keep what a piece does not know, and go on after it."""
+        try:
+            yield
+        except UnknownLabelsError as error:
+            values = error.values | (self._error.values if self._error else frozenset())
+            self._error = UnknownLabelsError(error.href, values, error.legend, error.what)
+
+    def check(self) -> None:
+        """Raise an UnknownLabelsError if there were any."""
+        if self._error:
+            raise self._error
+
+
+def encode(pixels: npt.NDArray[Any], values: Mapping[int, int]) -> npt.NDArray[np.int16]:
+    """Translate the integers of a mask, colours packed as 0xrrggbb, to legend codes, or to :data:`UNKNOWN`."""
+    limits = np.iinfo(pixels.dtype)
+    known = sorted(value for value in values if limits.min <= value <= limits.max)
+    if not known:
+        return np.full(pixels.shape, UNKNOWN, np.int16)
+    keys = np.array(known, dtype=pixels.dtype)
+    codes = np.array([values[value] for value in known], dtype=np.int16)
+    if pixels.dtype in (np.uint8, np.uint16):
+        table = np.full(limits.max + 1, UNKNOWN, dtype=np.int16)
+        table[keys] = codes
+        return table.take(pixels)
+    at = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
+    return np.where(keys[at] == pixels, codes[at], np.int16(UNKNOWN))
 
 
 def crs_of(geobox: GeoBox) -> CRS:

@@ -33,13 +33,12 @@ from s2seg.errors import InputError, ReadError
 from s2seg.legend import Legend
 from s2seg.sources.catalogs import load_signer
 from s2seg.sources.items import sign_path
-from s2seg.sources.label_codes import code_table, crs_of, resolve, unknown
+from s2seg.sources.label_codes import UNKNOWN, Gathered, UnknownLabelsError, code_table, crs_of, encode, resolve
 from s2seg.sources.reader import GDAL_ENV
 
 Resampling = Literal["mode", "nearest"]
 
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}")
-_UNKNOWN = -1
 _FINER = 1.05
 """Labels count as finer from this ratio on: the scale of two projections differs by less."""
 _FEWEST, _MOST = 6, 64
@@ -153,12 +152,12 @@ class RasterOnGrid:
 
         Raises
         ------
-        InputError
+        UnknownLabelsError
             For values that neither the legend nor the remap explains.
         ReadError
             If the file cannot be read.
         """
-        s = self.samples
+        s, unknown = self.samples, Gathered()
         out = np.full((rows.stop - rows.start, cols.stop - cols.start), self.legend.nodata, dtype=np.uint8)
         u = (np.arange(cols.start * s, cols.stop * s) + 0.5) / s
         height = max(1, _STRIP // (len(u) * s))
@@ -166,9 +165,11 @@ class RasterOnGrid:
             for top in range(rows.start, rows.stop, height):
                 bottom = min(top + height, rows.stop)
                 v = (np.arange(top * s, bottom * s) + 0.5) / s
-                points = self._sample(dataset, *_locate(self.file, self.geobox, v, u))
-                if points is not None:
-                    out[top - rows.start : bottom - rows.start] = self._vote(points)
+                with unknown.piece():
+                    points = self._sample(dataset, *_locate(self.file, self.geobox, v, u))
+                    if points is not None:
+                        out[top - rows.start : bottom - rows.start] = self._vote(points)
+        unknown.check()
         return out
 
     def _sample(
@@ -185,33 +186,19 @@ class RasterOnGrid:
         points = _taken(codes, np.clip(row - top, 0, codes.shape[0] - 1), np.clip(col - left, 0, codes.shape[1] - 1))
         if not (row_in.all() and col_in.all()):
             points[~(row_in & col_in)] = self.legend.nodata
-        if (points == _UNKNOWN).any():
-            raise self._unknown(pixels[codes == _UNKNOWN])
+        if (points == UNKNOWN).any():
+            raise self._unknown(pixels[codes == UNKNOWN])
         return points
 
     def _encode(self, pixels: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.int16]:
-        """Translate source values to legend codes, or -1."""
-        limits = np.iinfo(pixels.dtype)
-        known = sorted(value for value in self.values if limits.min <= value <= limits.max)
-        if not known:
-            return np.where(valid, np.int16(_UNKNOWN), np.int16(self.legend.nodata))
-        keys = np.array(known, dtype=pixels.dtype)
-        codes = np.array([self.values[value] for value in known], dtype=np.int16)
-        if pixels.dtype in (np.uint8, np.uint16):
-            table = np.full(limits.max + 1, _UNKNOWN, dtype=np.int16)
-            table[keys] = codes
-            found = table.take(pixels)
-        else:
-            at = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
-            found = np.where(keys[at] == pixels, codes[at], np.int16(_UNKNOWN))
+        """Translate source values to legend codes, or to unknown; what is not valid is nodata, whatever its value."""
+        found = encode(pixels, self.values)
         np.copyto(found, np.int16(self.legend.nodata), where=~valid)
         return found
 
-    def _unknown(self, pixels: npt.NDArray[Any]) -> InputError:
-        values = np.unique(pixels).tolist()
-        if len(self.file.bands) == 1:
-            return unknown(self.file.href, values, self.legend)
-        return unknown(self.file.href, [f"#{value:06x}" for value in values], self.legend, "colors")
+    def _unknown(self, pixels: npt.NDArray[Any]) -> UnknownLabelsError:
+        what = "values" if len(self.file.bands) == 1 else "colors"
+        return UnknownLabelsError(self.file.href, np.unique(pixels).tolist(), self.legend, what)
 
     def _vote(self, points: npt.NDArray[np.int16]) -> npt.NDArray[np.uint8]:
         """Majority of the points of each pixel; nodata has no vote.

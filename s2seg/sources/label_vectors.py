@@ -25,7 +25,7 @@ from rasterio.warp import transform_bounds
 
 from s2seg.errors import InputError
 from s2seg.legend import Legend
-from s2seg.sources.label_codes import code_table, crs_of, plain, unknown
+from s2seg.sources.label_codes import Gathered, UnknownLabelsError, code_table, crs_of, plain
 from s2seg.sources.stamps import stamp
 
 if TYPE_CHECKING:
@@ -127,13 +127,17 @@ class VectorOnGrid:
 
         Raises
         ------
+        UnknownLabelsError
+            For values that neither the legend nor the remap explains.
         InputError
-            For values that neither the legend nor the remap explains, or a file that cannot be read.
+            For a file that cannot be read.
         """
-        out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dtype=np.uint8)
+        out, unknown = np.empty((rows.stop - rows.start, cols.stop - cols.start), dtype=np.uint8), Gathered()
         for top, of_rows, to_rows in _blocks(rows):
             for left, of_cols, to_cols in _blocks(cols):
-                out[to_rows, to_cols] = self._burn(top, left)[of_rows, of_cols]
+                with unknown.piece():
+                    out[to_rows, to_cols] = self._burn(top, left)[of_rows, of_cols]
+        unknown.check()
         return out
 
     def _burn(self, top: int, left: int) -> npt.NDArray[np.uint8]:
@@ -143,7 +147,7 @@ class VectorOnGrid:
         values = [plain(value) for value in frame[self.source.column]]
         lost = {value for value in values if value not in self.values}
         if lost:
-            raise unknown(self.source.href, lost, self.legend)
+            raise UnknownLabelsError(self.source.href, lost, self.legend)
         shapes = self._to_pixels(np.asarray(frame.geometry.array), top, left)
         burns = [(shapes[i], self.values[values[i]]) for i in self._order(values) if not shapes[i].is_empty]
         out = np.full((_BLOCK, _BLOCK), self.legend.nodata, dtype=np.uint8)

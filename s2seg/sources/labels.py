@@ -20,7 +20,7 @@ from shapely.geometry.base import BaseGeometry
 
 from s2seg.errors import InputError
 from s2seg.legend import Legend
-from s2seg.sources.label_codes import crs_of
+from s2seg.sources.label_codes import Gathered, UnknownLabelsError, crs_of
 from s2seg.sources.label_rasters import RasterLabels, RasterOnGrid, raster_extent
 from s2seg.sources.label_vectors import VectorLabels, VectorOnGrid, vector_extent
 
@@ -87,7 +87,8 @@ def read_labels(
     ------
     InputError
         For a file that cannot be opened, has no CRS, holds floats or undeclared colours, does not overlap the grid or
-        has no label on it; for values that neither legend nor remap explains (all of them listed), also when computed.
+        has no label on it; for values that neither legend nor remap explains (all on the grid, or where the first one
+        is met only when computed, all of the chunk).
     ReadError
         When computed, for pixels that cannot be read.
     """
@@ -173,11 +174,23 @@ def _lon_lat(crs: CRS, bounds: tuple[float, float, float, float]) -> str:
 
 def _look_early(reader: OnGrid, rows: slice, cols: slice, legend: Legend, href: str) -> None:
     """Read patches spread over the overlap; where all are empty, read on until a label is found."""
-    labelled = [bool((reader.read(*patch) != legend.nodata).any()) for patch in _patches(rows, cols)]
-    if any(labelled):
-        return
-    if not any((reader.read(*part) != legend.nodata).any() for part in _parts(rows, cols)):
+    try:
+        labelled = [bool((reader.read(*patch) != legend.nodata).any()) for patch in _patches(rows, cols)]
+        found = any(labelled) or any((reader.read(*part) != legend.nodata).any() for part in _parts(rows, cols))
+    except UnknownLabelsError:
+        _list_unknown(reader, rows, cols)
+        raise
+    if not found:
         raise InputError(f"labels {href} have no label on the grid: all {_pixels(rows, cols)} pixels there are nodata")
+
+
+def _list_unknown(reader: OnGrid, rows: slice, cols: slice) -> None:
+    """Raise the error about all unknown values: who adds them to a remap one by one would start many times."""
+    unknown = Gathered()
+    for part in _parts(rows, cols):
+        with unknown.piece():
+            reader.read(*part)
+    unknown.check()
 
 
 def _pixels(rows: slice, cols: slice) -> int:

@@ -51,7 +51,9 @@ class WholeFiles(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except OutputError as error:
-            raise OutputError(error.path, f"{error.reason}; the checkpoint before it is whole (--resume)") from error
+            last = Path(path).with_name(LAST).exists()
+            way_on = "the checkpoint before it is whole (--resume)" if last else "train anew, with --overwrite"
+            raise OutputError(error.path, f"{error.reason}; {way_on}") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True

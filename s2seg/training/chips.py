@@ -217,7 +217,8 @@ def open_chips(path: str | Path, fingerprint: str | None = None) -> ChipStore:
     store = ChipStore(path)
     if fingerprint is not None and store.fingerprint != fingerprint:
         raise InputError(
-            f"the chips in {path} were made from another configuration; pass --overwrite to make them anew"
+            f"the chips in {path} were made from another configuration: delete them, or where s2seg train cut them "
+            "pass --overwrite to make them anew"
         )
     return store
 

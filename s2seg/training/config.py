@@ -27,7 +27,6 @@ from pydantic_core import ErrorDetails
 from s2seg.errors import InputError
 from s2seg.sources.composite import CompositeSpec
 from s2seg.sources.items import BANDS
-from s2seg.training.loss_names import parse_loss
 from s2seg.training.sections import (
     AreaConfig,
     AugmentConfig,
@@ -42,7 +41,9 @@ from s2seg.training.sections import (
     Section,
     SplitConfig,
     TilesConfig,
+    TuneConfig,
     VectorLabelsConfig,
+    check_loss,
     check_season,
 )
 from s2seg.yamlfile import parse_yaml, read_yaml
@@ -59,6 +60,7 @@ __all__ = [
     "SplitConfig",
     "TilesConfig",
     "TrainConfig",
+    "TuneConfig",
     "VectorLabelsConfig",
     "load_config",
 ]
@@ -69,6 +71,9 @@ _DATA = (
     *("seasons", "areas", "tiles", "split", "chips"),
 )
 """What decides the chips."""
+
+_BESIDE = {"name", "logs", "tune"}
+"""What decides neither the chips nor the weights."""
 
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}")
 _SEASON_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -133,7 +138,7 @@ class TrainConfig(Section):
     split: SplitConfig = Field(default_factory=SplitConfig, description="train, validation and test")
     chips: ChipsConfig = Field(default_factory=ChipsConfig, description="how samples are cut")
     network: NetworkConfig = Field(default_factory=NetworkConfig, description="what is trained")
-    loss: str = Field(
+    loss: Annotated[str, AfterValidator(check_loss)] = Field(
         default="cross_entropy", description="a loss, or a sum such as 0.6*focal_tversky + 0.4*cross_entropy"
     )
     class_weights: Literal["none", "inverse_frequency", "inverse_samples", "effective_number"] = Field(
@@ -148,6 +153,7 @@ class TrainConfig(Section):
     logs: tuple[Literal["csv", "tensorboard", "wandb", "mlflow"], ...] = Field(
         default=("csv", "tensorboard"), description="where the curves go"
     )
+    tune: TuneConfig = Field(default_factory=TuneConfig, description="what s2seg tune tries beside these settings")
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -167,15 +173,15 @@ class TrainConfig(Section):
         Parameters
         ----------
         part
-            ``data``: what decides the chips; ``all``: what decides the weights, which leaves out the name, the logs
-            and the machine. Paths count as they are resolved, so a moved file is another one.
+            ``data``: what decides the chips; ``all``: what decides the weights, which leaves out the name, the logs,
+            ``tune`` and the machine. Paths count as they are resolved, so a moved file is another one.
 
         Returns
         -------
         str
             SHA-256 of the values as canonical JSON, 64 hexadecimal digits.
         """
-        values = self.model_dump(mode="json", include=set(_DATA) if part == "data" else None, exclude={"name", "logs"})
+        values = self.model_dump(mode="json", include=set(_DATA) if part == "data" else None, exclude=_BESIDE)
         values["seasons"] = list(self.seasons.items())  # their order is the channels'
         del values["chips"]["store"]  # where pixels are kept does not change them
         if part == "all":
@@ -202,15 +208,6 @@ class TrainConfig(Section):
         for name in value:
             if not _SEASON_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not one word in small letters, such as summer")
-        return value
-
-    @field_validator("loss")
-    @classmethod
-    def _loss_exists(cls, value: str) -> str:
-        try:
-            parse_loss(value)
-        except InputError as error:
-            raise ValueError(str(error).removeprefix(f"loss {value!r}: ")) from error
         return value
 
     @model_validator(mode="after")
@@ -251,6 +248,9 @@ class TrainConfig(Section):
         stride = self.network.stride
         if self.chips.size % stride:
             yield f"chips.size: {self.chips.size} is not a multiple of the network's stride {stride}"
+        for size in self.tune.chip_sizes or ():
+            if size % stride:
+                yield f"tune.chip_sizes: {size} is not a multiple of the network's stride {stride}"
         if self.network.depth is not None and self.network.depth % stride:
             yield f"network.depth: {self.network.depth} is not a multiple of the network's stride {stride}"
         batch = self.fit.batch_size * len(self.channels) * self.chips.size**2 * 4

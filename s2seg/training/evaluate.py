@@ -97,7 +97,10 @@ def check_evaluation(model: ModelBundle, part: str, legend: Legend, bands: Seque
             "give the labels the model's legend, with remap where their codes differ"
         )
     if missing := [band for band in model.spec.bands if band not in bands]:
-        raise InputError(f"the model needs {', '.join(missing)}, and the configuration has {', '.join(bands)}")
+        raise InputError(
+            f"the model needs {', '.join(missing)}, and the configuration has {', '.join(bands)}: name all of the "
+            "model's in bands; its own configuration does (leave out --config and --set)"
+        )
 
 
 def evaluate(

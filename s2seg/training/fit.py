@@ -291,7 +291,16 @@ def _spec(
 
 def _is_bound_to_size(spec: ModelSpec, size: int) -> bool:
     """Whether the network's answers depend on the window's size; raise where it has none for a chip at all."""
-    network, name = build_network(spec).eval(), f"{spec.architecture['name']} with {spec.architecture['encoder']}"
+    name = f"{spec.architecture['name']} with {spec.architecture['encoder']}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # said below, with what to do
+        network = build_network(spec).eval()
+    if empty := next((layer for layer, weight in network.named_parameters() if not weight.numel()), None):
+        raise ModelError(
+            spec.name,
+            f"{name}: layer {empty.rpartition('.')[0]} has no channels left: give decoder_channels of more channels "
+            "in network.arguments (scse attention divides each by 16)",
+        )
     try:
         with torch.no_grad():
             answer = network(torch.zeros(1, len(spec.bands), size, size))

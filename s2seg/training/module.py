@@ -84,8 +84,9 @@ class SegmentationModule(pl.LightningModule):
 
     Notes
     -----
-    Logged per epoch: ``train_loss``, ``val_loss`` (mean over batches, weighted by their labelled pixels), and from one
-    confusion matrix over all validation pixels ``val_mean_iou`` and ``val_accuracy``.
+    Logged per epoch: ``train_loss``, the mean over batches, all of as many chips; ``val_loss``, the mean over batches
+    weighted by their labelled pixels; and from one confusion matrix over all validation pixels ``val_mean_iou`` and
+    ``val_accuracy``.
     """
 
     network: nn.Module

@@ -34,6 +34,7 @@ from s2seg.errors import InputError
 from s2seg.legend import Legend
 from s2seg.sources.catalogs import CATALOGS
 from s2seg.sources.composite import DEFAULT_MASK, CompositeSpec, Method
+from s2seg.training.loss_names import parse_loss
 
 Part = Literal["train", "validation", "test"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -394,6 +395,40 @@ class AugmentConfig(Section):
     @classmethod
     def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and value[0] > value[1]:
+            raise ValueError(f"least first, then greatest, not {value[0]:g}, {value[1]:g}")
+        return value
+
+
+def check_loss(text: str) -> str:
+    """Return ``text`` if it is a loss or a sum of losses; raise ValueError if not."""
+    try:
+        parse_loss(text)
+    except InputError as error:
+        raise ValueError(str(error).removeprefix(f"loss {text!r}: ")) from error
+    return text
+
+
+class TuneConfig(Section):
+    """What `s2seg tune` tries beside the configured settings, which are its first trial; no training depends on it."""
+
+    learning_rate: tuple[PositiveFloat, PositiveFloat] = Field(
+        default=(1e-4, 1e-2), description="least and greatest; the configured one widens it"
+    )
+    losses: tuple[Annotated[str, AfterValidator(check_loss)], ...] | None = Field(
+        default=None, description="each written as loss is; null: usual ones, empty: none but the configured"
+    )
+    encoders: tuple[str, ...] | None = Field(default=None, description="names as of network.encoder; null: usual ones")
+    batch_sizes: tuple[PositiveInt, ...] | None = Field(
+        default=None, description="chips in a batch; null: 8, 16 and 32"
+    )
+    chip_sizes: tuple[Side, ...] | None = Field(
+        default=None, description="pixels on a side, for each of which chips are cut; null: half and twice chips.size"
+    )
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
             raise ValueError(f"least first, then greatest, not {value[0]:g}, {value[1]:g}")
         return value
 

@@ -423,7 +423,7 @@ def check_split(
         if not counts[PARTS.index(part) + 1].any():
             raise InputError(
                 f"the {part} part of the split has no labels; try another split.seed, a smaller split.block or "
-                "split.buffer, or other areas"
+                "split.buffer, or more areas or tiles; a test part is left out with a share of 0 in split.fractions"
             )
     lost = [c.name for c in present if not counts[1, legend.codes.index(c.code)]]
     if lost:

@@ -23,12 +23,13 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from s2seg.errors import InputError, S2SegWarning
 from s2seg.legend import Legend
-from s2seg.sources.label_codes import code_table, resolve, unknown
+from s2seg.sources.label_codes import UNKNOWN, UnknownLabelsError, code_table, encode, resolve
 from s2seg.training.splits import PARTS, deal, split_by_area
 
 _SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 _LISTED = 3
+_ALPHA = "; a PNG holds 1 or 3 besides alpha, a GeoTIFF any number (not alpha: gdal_edit.py -colorinterp_4 undefined)"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def read_tiles(
     legend
         What the masks mean.
     bands
-        Names of the images' bands, in the files' order (an alpha band after them is a mask).
+        Names of the images' bands, in the files' order (an alpha band after them is a mask). A GeoTIFF holds any
+        number; a PNG one or three, since its fourth is alpha; a JPEG one or three.
     fractions, seed
         The split over whole tiles, drawn at random, where no sub-folders give one.
 
@@ -192,26 +194,19 @@ class _Codes:
     def translate(self, mask: npt.NDArray[Any], path: Path, nodata: float | None) -> npt.NDArray[np.uint8]:
         """(band, y, x) of a mask -> (y, x) legend codes."""
         if len(mask) >= 3:
-            packed = (mask[0].astype(np.int64) << 16) | (mask[1].astype(np.int64) << 8) | mask[2]
-            return self._look_up(packed, self.colors, path, "colors")
-        table = dict(self.values)
-        if nodata is not None:
-            table[int(nodata)] = self.legend.nodata
-        return self._look_up(mask[0].astype(np.int64), table, path, "values")
+            red, green, blue = mask[:3].astype(np.uint32)
+            return self._look_up((red << 16) | (green << 8) | blue, self.colors, path, "colors")
+        own = {} if nodata is None else {int(nodata): self.legend.nodata}
+        return self._look_up(mask[0], {**self.values, **own}, path, "values")
 
     def _look_up(
-        self, values: npt.NDArray[np.int64], table: Mapping[int, int], path: Path, what: str
+        self, pixels: npt.NDArray[Any], table: Mapping[int, int], path: Path, what: str
     ) -> npt.NDArray[np.uint8]:
-        codes = np.full(values.shape, self.legend.nodata, np.uint8)
-        known = np.zeros(values.shape, bool)
-        for value, code in table.items():  # a few comparisons take less time than sorting millions of pixels
-            here = values == value
-            codes[here] = code
-            known |= here
-        if not known.all():
-            lost = np.unique(values[~known]).tolist()
-            raise unknown(str(path), [f"#{v:06x}" for v in lost] if what == "colors" else lost, self.legend, what)
-        return codes
+        codes = encode(pixels, table)
+        unknown = codes == UNKNOWN
+        if unknown.any():
+            raise UnknownLabelsError(str(path), np.unique(pixels[unknown]).tolist(), self.legend, what)
+        return codes.astype(np.uint8)
 
 
 def _packed(color: str) -> int:
@@ -249,7 +244,10 @@ def _check_pair(image: Path, mask: Path, bands: Sequence[str]) -> tuple[int, int
             raise InputError(f"{image} has {a.shape} pixels, and its mask {mask} {b.shape}")
         alpha = ColorInterp.alpha in a.colorinterp
         if a.count - alpha != len(bands):
-            raise InputError(f"{image} has {a.count - alpha} bands, and {len(bands)} are named: {', '.join(bands)}")
+            raise InputError(
+                f"{image} has {a.count - alpha} bands{' and alpha' if alpha else ''}, and {len(bands)} are named: "
+                f"{', '.join(bands)}{_ALPHA if a.count == len(bands) else ''}"
+            )
         if a.dtypes[0] not in ("uint8", "uint16"):
             raise InputError(f"{image} holds {a.dtypes[0]}: convert it to Byte or UInt16 (reflectance x 10000)")
         if not np.issubdtype(np.dtype(b.dtypes[0]), np.integer):

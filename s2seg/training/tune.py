@@ -6,11 +6,11 @@ import csv
 import functools
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+import torch
 
 from s2seg.errors import InputError
 from s2seg.outputs._files import remove, replacing, writing
@@ -19,52 +19,17 @@ from s2seg.training.checkpoints import MONITOR
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
 from s2seg.training.fit import Progress, fit
+from s2seg.training.joined import JoinedChips
 from s2seg.training.module import DivergedError
-from s2seg.training.weights import IMAGENET
+from s2seg.training.search_space import SearchSpace, Settings, changed, configured, search_space
 
 if TYPE_CHECKING:
     import optuna
 
 JOURNAL, TABLE, BEST = "study.journal", "study.csv", "best.yaml"
+_ABOUT = "about"  # the attribute of a study that says what it searches
 _STARTUP = 4  # trials before any is compared with the others
 _WARMUP = 3  # epochs that every trial gets
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """What may be chosen; all else stays as it is configured.
-
-    Parameters
-    ----------
-    learning_rate
-        Least and greatest, drawn on a logarithmic scale.
-    region_losses
-        A loss of these is mixed with cross entropy, in shares of 0, 0.2 ... 1.
-    encoders
-        Names as in ``network.encoder``.
-    batch_sizes
-        Chips in a batch.
-    chip_sizes
-        Pixels on a side; each needs a chip store. Empty keeps the configured one.
-
-    Raises
-    ------
-    InputError
-        For a range that is none.
-    """
-
-    learning_rate: tuple[float, float] = (1e-4, 1e-2)
-    region_losses: tuple[str, ...] = ("dice", "focal_tversky", "lovasz")
-    encoders: tuple[str, ...] = ("resnet18", "resnet34", "mobilenet_v2", "efficientnet-b0")
-    batch_sizes: tuple[int, ...] = (8, 16, 32)
-    chip_sizes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.learning_rate[0] <= self.learning_rate[1]:
-            raise InputError(f"learning rates from {self.learning_rate[0]:g} to {self.learning_rate[1]:g}: not a range")
-        for name in ("region_losses", "encoders", "batch_sizes"):
-            if not getattr(self, name):
-                raise InputError(f"{name}: give at least one to choose from")
 
 
 @dataclass(frozen=True)
@@ -78,7 +43,7 @@ class Trial:
     state
         ``complete``, ``pruned`` or ``fail``.
     score
-        The highest ``val_mean_iou``; None if it never got there.
+        ``val_mean_iou`` of the weights that are kept, for a pruned trial the highest; None if it never got there.
     settings
         What was chosen.
     """
@@ -115,30 +80,33 @@ def tune(
     *,
     trials: int,
     timeout: float | None = None,
-    space: SearchSpace | None = None,
     on_progress: Callable[[int, Progress], None] | None = None,
 ) -> TuneResult:
     """Search for the settings with the highest ``val_mean_iou``; the test part is not looked at.
 
-    Optuna's tree-structured Parzen estimator chooses. A trial that after three epochs or more does worse than the
-    median of those before it did at the same epoch is ended early, as is one whose loss is no longer a number.
+    The first trial is the configured training itself, so the best one is at least as good. After it optuna's
+    tree-structured Parzen estimator chooses. A trial that after three epochs or more does worse than the median of
+    those before it did at the same epoch is ended early, as is one whose loss is no longer a number or that needs more
+    memory than the GPU has.
+
+    Whatever the size of the chips that a trial learns from, the split is the same, and so are the chips that score it:
+    the validation chips of the configured size. (In a map, a network that pools globally sees windows of the size that
+    it learned from; its scores here are those of the configured size.)
 
     Parameters
     ----------
     config
-        Where the search starts: its own settings are the first trial, and what is not in the space stays. A trial has
-        as many epochs as it says, so give fewer than for the final training.
+        Where the search starts, and in its section ``tune`` what is tried beside; all else stays. A trial has as many
+        epochs as it says, so give fewer than for the final training.
     chips_for
-        Returns the chip store of a configuration; called once for each chip size.
+        Returns the chip store of a configuration; called once for each chip size, before the first trial.
     folder
         The study goes there (``study.journal``, ``study.csv``, ``best.yaml``), and the trials below ``trials/``.
     trials
         How many the study shall have. Running it again adds what is missing, also after an interruption; one process
-        at a time.
+        at a time. What a study chooses from is settled when it begins.
     timeout
         Seconds after which no further trial begins.
-    space
-        What may be chosen; by default the usual choices, and those of ``config``.
     on_progress
         Called with the trial's number and where its training stands.
 
@@ -147,16 +115,17 @@ def tune(
     InputError
         Without optuna, for a study of another configuration in the folder, or if no trial was completed.
     S2SegError
-        What a training raises: a choice that cannot be trained ends the search.
+        What :func:`~s2seg.training.search_space.search_space` and a training raise.
     """
     optuna = _optuna()
-    folder, space = Path(folder), space or _usual_space(config)
+    folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    chips = functools.cache(lambda size: chips_for(_changed(config, {"chip_size": size})))
+    store = functools.cache(lambda size: chips_for(changed(config, {"chip_size": size})))
+    study, space = _study(config, folder, store)
 
     def objective(trial: Any) -> float:
-        chosen = _changed(config, _suggest(trial, space))
+        chosen = changed(config, _suggest(trial, space, config))
 
         def report(progress: Progress) -> None:
             if on_progress is not None:
@@ -167,32 +136,25 @@ def tune(
                     raise optuna.TrialPruned
 
         place = _place(folder, trial.number)
+        chips = _scored_alike(store(chosen.chips.size), store(config.chips.size))
         try:
-            result = fit(chosen, chips(chosen.chips.size), place, on_progress=report)
-        except DivergedError as error:  # as bad as settings can be, which is worth knowing
+            result = fit(chosen, chips, place, on_progress=report)
+        except (DivergedError, torch.OutOfMemoryError) as error:  # as bad as settings can be, which is worth knowing
             raise optuna.TrialPruned from error
         finally:  # only the settings matter: the weights of many trials would fill the disk
             remove(place / CHECKPOINTS, ignore_errors=True)
-        return result.history[result.kept_epoch - 1][MONITOR]
+        return float(result.spec.metrics[MONITOR])
 
-    study = _study(config, folder, space)
     missing = trials - sum(t.state in _over() for t in study.trials)
     if missing > 0:
-        for size in space.chip_sizes:
-            _changed(config, {"chip_size": size})  # raises before hours are spent
-        study.optimize(objective, n_trials=missing, timeout=timeout, callbacks=[lambda s, _: _write_table(folder, s)])
+        study.optimize(
+            objective, n_trials=missing, timeout=timeout, callbacks=[lambda s, _: _write_table(config, folder, s)]
+        )
     return _summary(config, folder, study)
 
 
-def _usual_space(config: TrainConfig) -> SearchSpace:
-    usual, network, size = SearchSpace(), config.network, config.fit.batch_size
-    # weights from a file fit one encoder only
-    others = usual.encoders if network.weights in (None, IMAGENET) else ()
-    return replace(
-        usual,
-        encoders=tuple(dict.fromkeys((network.encoder, *others))),
-        batch_sizes=tuple(sorted({size, *usual.batch_sizes})),
-    )
+def _scored_alike(train: ChipStore, reference: ChipStore) -> ChipStore:
+    return reference if train is reference else JoinedChips(train, reference)
 
 
 def _place(folder: Path, number: int) -> Path:
@@ -207,7 +169,7 @@ def _optuna() -> Any:
     return optuna
 
 
-def _study(config: TrainConfig, folder: Path, space: SearchSpace) -> optuna.Study:
+def _study(config: TrainConfig, folder: Path, cut: Callable[[int], object]) -> tuple[optuna.Study, SearchSpace]:
     """Open the folder's study or begin one; a trial that a kill interrupted is tried again."""
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -219,20 +181,32 @@ def _study(config: TrainConfig, folder: Path, space: SearchSpace) -> optuna.Stud
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP, n_warmup_steps=_WARMUP),
     )
-    about = {"configuration": config.fingerprint(), "space": str(space)}
-    if study.user_attrs and study.user_attrs != about:
-        raise InputError(f"{folder / JOURNAL} is a search from another configuration or space: choose another folder")
-    for key, value in about.items():
-        study.set_user_attr(key, value)
-    if not study.trials:
-        study.enqueue_trial(_start(config, space))
+    about = {"configuration": config.fingerprint(), "tune": config.tune.model_dump(mode="json")}
+    stored = study.user_attrs.get(_ABOUT)
+    if stored is None:
+        stored = about | {"space": search_space(config, cut).to_dict()}
+        study.set_user_attr(_ABOUT, stored)
+    if changes := [name for name in about if stored[name] != about[name]]:
+        what = "another configuration" if "configuration" in changes else "another section tune"
+        raise InputError(f"{folder / JOURNAL} is a search with {what}: choose another folder, or go on with its own")
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         remove(_place(folder, trial.number) / CHECKPOINTS, ignore_errors=True)
-        study.enqueue_trial(trial.params)
+        if trial.params:
+            study.enqueue_trial(trial.params)
+    if not _holds(study, configured(config)):
+        study.enqueue_trial(configured(config))
     # a seed of its own for each run of the search: the same draws again would bring nothing new
     study.sampler = optuna.samplers.TPESampler(seed=config.fit.seed + len(study.trials))
-    return study
+    return study, SearchSpace.from_dict(stored["space"])
+
+
+def _holds(study: optuna.Study, settings: Settings) -> bool:
+    """Whether a trial with these settings is over or waits for its turn; one that failed does not count."""
+    fail = _optuna().trial.TrialState.FAIL
+    # a trial that waits has them where optuna keeps what enqueue_trial was given
+    found = [t.system_attrs.get("fixed_params", t.params) for t in study.trials if t.state != fail]
+    return settings in found
 
 
 def _over() -> tuple[Any, ...]:
@@ -240,73 +214,41 @@ def _over() -> tuple[Any, ...]:
     return state.COMPLETE, state.PRUNED
 
 
-def _suggest(trial: optuna.Trial, space: SearchSpace) -> dict[str, Any]:
-    settings = {
+def _suggest(trial: optuna.Trial, space: SearchSpace, config: TrainConfig) -> Settings:
+    drawn = {
         "learning_rate": trial.suggest_float("learning_rate", *space.learning_rate, log=True),
-        "region_loss": trial.suggest_categorical("region_loss", space.region_losses),
-        "region_share": trial.suggest_float("region_share", 0, 1, step=0.2),
-        "encoder": trial.suggest_categorical("encoder", space.encoders),
-        "batch_size": trial.suggest_categorical("batch_size", space.batch_sizes),
+        "loss": trial.suggest_categorical("loss", space.loss),
+        "encoder": trial.suggest_categorical("encoder", space.encoder),
+        "batch_size": trial.suggest_categorical("batch_size", space.batch_size),
+        "chip_size": trial.suggest_categorical("chip_size", space.chip_size),
     }
-    if space.chip_sizes:
-        settings["chip_size"] = trial.suggest_categorical("chip_size", space.chip_sizes)
-    return _readable(settings)
+    return _readable(drawn, config)
 
 
-def _readable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Three digits of the learning rate: what a person would write, and as good."""
-    return {name: float(f"{v:.3g}") if name == "learning_rate" else v for name, v in settings.items()}
+def _readable(settings: Settings, config: TrainConfig) -> Settings:
+    """Round a learning rate that was drawn to three digits: what a person would write, and as good."""
+    rate = settings.get("learning_rate")
+    if rate is None or rate == config.optimizer.learning_rate:
+        return settings
+    return settings | {"learning_rate": float(f"{rate:.3g}")}
 
 
-def _start(config: TrainConfig, space: SearchSpace) -> dict[str, Any]:
-    """The configured settings, as far as the space holds them; the rest of the first trial is drawn."""
-    low, high = space.learning_rate
-    start: dict[str, Any] = {"learning_rate": min(max(config.optimizer.learning_rate, low), high)}
-    choices = (
-        ("encoder", config.network.encoder, space.encoders),
-        ("batch_size", config.fit.batch_size, space.batch_sizes),
-        ("chip_size", config.chips.size, space.chip_sizes),
-    )
-    start |= {name: value for name, value, allowed in choices if value in allowed}
-    if config.loss == "cross_entropy":
-        start["region_share"] = 0.0
-    return start
-
-
-def _changed(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    """Return a configuration with a trial's settings; chips of another size keep their overlap."""
-    values = config.model_dump()
-    if "chip_size" in settings:
-        size = settings["chip_size"]
-        values["chips"] |= {"size": size, "stride": max(1, round(size * config.chips.stride / config.chips.size))}
-    if "learning_rate" in settings:
-        values["optimizer"]["learning_rate"] = settings["learning_rate"]
-        values["network"]["encoder"] = settings["encoder"]
-        values["fit"]["batch_size"] = settings["batch_size"]
-        values["loss"] = _mix(settings["region_loss"], settings["region_share"])
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{settings} cannot be trained: {error.errors(include_url=False)[0]['msg']}") from error
-
-
-def _mix(region: str, share: float) -> str:
-    """``0.4*dice + 0.6*cross_entropy``, or one of the two alone."""
-    parts = [(round(share, 3), region), (round(1 - share, 3), "cross_entropy")]
-    used = [(weight, name) for weight, name in parts if weight > 0]
-    return used[0][1] if len(used) == 1 else " + ".join(f"{weight:g}*{name}" for weight, name in used)
-
-
-def _trials(study: optuna.Study) -> tuple[Trial, ...]:
+def _trials(config: TrainConfig, study: optuna.Study) -> tuple[Trial, ...]:
     return tuple(
         # a pruned trial's value is that of its last epoch
-        Trial(t.number, t.state.name.lower(), max(t.intermediate_values.values(), default=None), _readable(t.params))
+        Trial(
+            t.number,
+            t.state.name.lower(),
+            t.value if t.state.name == "COMPLETE" else max(t.intermediate_values.values(), default=None),
+            _readable(t.params, config),
+        )
         for t in study.trials
+        if t.state.is_finished()
     )
 
 
-def _write_table(folder: Path, study: optuna.Study) -> None:
-    trials = _trials(study)
+def _write_table(config: TrainConfig, folder: Path, study: optuna.Study) -> None:
+    trials = _trials(config, study)
     names = list(dict.fromkeys(name for trial in trials for name in trial.settings))
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -318,13 +260,13 @@ def _write_table(folder: Path, study: optuna.Study) -> None:
 
 
 def _summary(config: TrainConfig, folder: Path, study: optuna.Study) -> TuneResult:
-    _write_table(folder, study)
-    trials = _trials(study)
+    _write_table(config, folder, study)
+    trials = _trials(config, study)
     complete = [t for t in trials if t.state == "complete" and t.score is not None]
     if not complete:
         raise InputError(f"no trial in {folder} was completed: give the search more time or trials")
     best = max(complete, key=lambda t: t.score or 0.0)
-    chosen = _changed(config, best.settings)
+    chosen = changed(config, best.settings)
     with replacing(folder / BEST) as partial, writing(folder / BEST):
         partial.write_text(chosen.to_yaml())
     return TuneResult(trials, best, chosen)

@@ -48,8 +48,8 @@ def start_from(network: torch.nn.Module, spec: ModelSpec, weights: str | Path | 
     weights
         * None: leave the fresh weights.
         * ``imagenet``: the encoder's weights that segmentation_models_pytorch publishes; they are downloaded.
-        * a folder or URL of a model of ours (with ``model.json``): the whole network. A head for another legend is
-          left fresh.
+        * a folder or URL of a model of ours (with ``model.json``): the whole network. A head for other classes, by
+          code or by name, is left fresh.
         * a file or URL of safetensors: a whole network, or an encoder alone, with or without ``encoder.`` before its
           layers' names. What a file of an encoder has beyond this encoder (a classifier) is left aside.
 
@@ -61,8 +61,8 @@ def start_from(network: torch.nn.Module, spec: ModelSpec, weights: str | Path | 
     Notes
     -----
     A first convolution for other bands is rewritten: a band with a name that the source knows (``red``, ``green`` and
-    ``blue`` for ImageNet) takes over that band's filter, every other one the mean over the source's; all are then
-    multiplied by (source bands / bands), so that activations keep their size.
+    ``blue`` for ImageNet) takes over that band's filter, with or without the same season; every other one takes the
+    mean over the source's. All are then multiplied by (source bands / bands), so that activations keep their size.
     """
     if weights is None:
         return
@@ -117,9 +117,14 @@ def _read_bundle(path: str, spec: ModelSpec) -> _Source:
     if bundle.is_onnx:
         raise ModelError(path, "an ONNX network cannot be trained further: use safetensors")
     tensors = safetensors.torch.load_file(bundle.weights_path)
-    if bundle.spec.legend.codes != spec.legend.codes:
+    if _meaning(bundle.spec) != _meaning(spec):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     return _Source(path, tensors, bundle.spec.bands, whole=True)
+
+
+def _meaning(spec: ModelSpec) -> list[tuple[int, str]]:
+    """What each channel of an answer stands for; colours do not matter."""
+    return [(c.code, c.name) for c in spec.legend]
 
 
 def _read_bytes(path: str) -> bytes:
@@ -163,19 +168,24 @@ def adapt_bands(weight: torch.Tensor, known: Sequence[str], bands: Sequence[str]
     weight
         (out, source bands, height, width).
     known
-        Names of the source's bands; empty if unknown.
+        Names of the source's bands, ``red`` or ``red@spring``; empty if unknown.
     bands
-        Names of the bands that the result takes.
+        Names of the bands that the result takes, likewise.
 
     Returns
     -------
     Tensor
-        (out, bands, height, width): the filter of the band of that name, or the mean filter, each times
-        (source bands / bands).
+        (out, bands, height, width): the filter of the band of that name and season; else the mean of that band's
+        filters, whatever their seasons; else the mean of all. Each times (source bands / bands).
     """
-    mean = weight.mean(dim=1)
-    filters = [weight[:, known.index(band)] if band in known else mean for band in bands]
+    filters = [weight[:, _alike(band, known) or slice(None)].mean(dim=1) for band in bands]
     return torch.stack(filters, dim=1) * (weight.shape[1] / len(bands))
+
+
+def _alike(band: str, known: Sequence[str]) -> list[int]:
+    """Where a band is among the known ones: as it is called, or if it is not, in any season."""
+    exact = [i for i, name in enumerate(known) if name == band]
+    return exact or [i for i, name in enumerate(known) if name.partition("@")[0] == band.partition("@")[0]]
 
 
 def _check_fit(source: _Source, own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:

@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from s2seg.errors import ModelError
+from s2seg.errors import InputError, ModelError
 from s2seg.models import checking
 from s2seg.models.checking import check_runtimes
 from tests.models.conftest import smooth_pixels
@@ -29,3 +30,12 @@ def test_every_runtime_that_reads_the_bundle_is_measured_or_says_why_not(bundle,
     assert all(row.speed > 0 for row in rows.values() if not row.reason)
     assert "no bfloat16" in rows["openvino", "bfloat16"].reason
     assert np.isnan(rows["openvino", "bfloat16"].agreement)
+
+
+def test_chips_that_do_not_fit_the_model_are_told(bundle):
+    for chips, says in (
+        (np.zeros((1, 5, 64, 64), np.uint16), "4, y, x"),
+        (np.zeros((1, 4, 60, 60), np.uint16), "stride"),
+    ):
+        with pytest.raises(InputError, match=says):
+            check_runtimes(bundle, chips)

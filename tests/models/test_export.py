@@ -65,6 +65,15 @@ def test_answers_as_torch_does_at_any_size(exported, shallow):
         np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), expected, atol=1e-4)
 
 
+def test_only_the_onnx_form_is_a_model_again(exported):
+    if exported.kind == "onnx":
+        assert load_model(exported.path).is_onnx
+        return
+    for path in (exported.path, exported.path.parent):
+        with pytest.raises(ModelError, match=r"a file for other programs .* export that with --kind onnx$"):
+            load_model(path)
+
+
 def test_the_file_says_what_it_is(exported):
     if exported.kind == "onnx":
         import onnx
@@ -148,7 +157,7 @@ def test_missing_packages_are_named_by_extra(shallow, tmp_path, monkeypatch):
     [
         ("tflite", "m.tflite", None, "choose onnx, torchscript, openvino"),
         ("onnx", "m.onnx", None, "without .onnx"),
-        ("openvino", "m.bin", None, "ends in .xml"),
+        ("openvino", "m.bin", None, "with --kind openvino a file is written, whose name must end in .xml"),
         ("torchscript", "m.pt", np.zeros((1, 3, 64, 64), np.uint16), r"\(n, 4, y, x\) is needed"),
         ("torchscript", "m.pt", np.zeros((1, 4, 64, 64), np.float32), "uint16"),
         ("torchscript", "m.pt", np.zeros((1, 4, 64, 60), np.uint16), "multiples of the stride 8"),

@@ -301,6 +301,24 @@ def test_a_lone_label_is_found_and_a_lone_unknown_code_is_an_error_when_computed
         lazy.compute()
 
 
+@pytest.mark.parametrize("finer", [1, 40])
+def test_all_unknown_codes_are_listed_wherever_they_lie(tif, finer):
+    codes = np.repeat(np.arange(150) // 25 * 100 + 110, 170).reshape(150, 170).astype(np.uint16)
+    codes = codes.repeat(finer, axis=0).repeat(finer, axis=1)
+    path = tif(codes, nodata=110, pixel=10 / finer)
+    with pytest.raises(InputError, match="values 210, 310, 410, 510, 610 are not in"):
+        pixels(RasterLabels(path))
+    with pytest.raises(InputError, match="values 310, 510 are not in"):
+        pixels(RasterLabels(path), remap={210: 3, 410: 7, 610: None})
+
+
+def test_all_unknown_features_are_listed_wherever_they_lie(vector):
+    far = GeoBox((1500, 1500), GRID.affine, GRID.crs)
+    shapes = [(square(x, y, x + 10, y + 10), f"at {y}") for y, x in ((0, 0), (700, 1400), (1490, 10))]
+    with pytest.raises(InputError, match="values at 0, at 1490, at 700 are not in"):
+        pixels(VectorLabels(vector(shapes), "kind"), far, chunks=512)
+
+
 def test_codes_outside_the_grid_do_not_matter(tif):
     codes = np.full((200, 200), 77, dtype=np.uint8)
     codes[:150, :170] = 3

@@ -1,3 +1,4 @@
+import errno
 import pickle
 import zipfile
 from pathlib import Path
@@ -5,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2seg.errors import InputError
-from s2seg.training.checkpoints import BestAndLast, load_checkpoint
+from s2seg.errors import InputError, OutputError
+from s2seg.training import checkpoints
+from s2seg.training.checkpoints import BestAndLast, WholeFiles, load_checkpoint
 
 OURS = {"state_dict": {"network.a": torch.ones(2)}, "callbacks": {BestAndLast.state_key: {"best_epoch": 1}}}
 
@@ -15,6 +17,17 @@ OURS = {"state_dict": {"network.a": torch.ones(2)}, "callbacks": {BestAndLast.st
 def test_loads_what_training_saves(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
     assert load_checkpoint(tmp_path / "a.ckpt").keys() == content.keys()
+
+
+def test_a_full_disk_is_told_with_the_way_on_that_there_is(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    for name, says in (("best.ckpt", r"; train anew, with --overwrite$"), ("last.ckpt", r"is whole \(--resume\)$")):
+        with pytest.raises(OutputError, match=says):
+            WholeFiles().save_checkpoint(OURS, tmp_path / name)
+        (tmp_path / "last.ckpt").write_bytes(b"of the first epoch")
 
 
 @pytest.mark.parametrize(

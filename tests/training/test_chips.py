@@ -282,7 +282,7 @@ def test_refusals(store_of, tmp_path, area, spec, says):
 
 def test_stores_of_another_configuration_are_refused(store_of, tmp_path):
     chips = store_of(make_area())
-    with pytest.raises(InputError, match="made from another configuration; pass --overwrite"):
+    with pytest.raises(InputError, match=r"made from another configuration: delete them, or .* pass --overwrite"):
         open_chips(chips.path, "two")
     with pytest.raises(InputError, match="no chips in"):
         open_chips(tmp_path / "none")

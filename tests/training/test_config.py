@@ -125,6 +125,7 @@ def test_fingerprints_change_with_what_they_stand_for(load):
         ("fit.accelerator=cpu", False, False),
         ("logs=[csv]", False, False),
         ("name=other", False, False),
+        ("tune.chip_sizes=[64]", False, False),
     ]:
         config = load(override)
         assert (config.fingerprint("data") != data, config.fingerprint("all") != everything) == (
@@ -187,6 +188,10 @@ def test_fingerprints_change_with_what_they_stand_for(load):
         ("chips.size=100", "chips.size: 100 is not a multiple of the network's stride 32"),
         ("chips.sizes=[100000]", "chips.sizes.0: should be less than or equal to 4096, not 100000"),
         ("split.buffer=100000", "split.buffer: should be less than or equal to 2048, not 100000"),
+        ("tune.chip_sizes=[64, 100]", "tune.chip_sizes: 100 is not a multiple of the network's stride 32"),
+        ("tune.learning_rate=[1e-2, 1e-3]", "tune.learning_rate: least first"),
+        ("tune.losses=[dice, focl]", "tune.losses.1: unknown loss 'focl': did you mean focal?"),
+        ("tune.encoder=[resnet18]", "tune.encoder: unknown key, did you mean encoders?"),
         ("chips.stride=129", "chips: stride 129 is larger than size 128"),
         ("chips.drop_only=[watr]", "chips.drop_only: unknown 'watr'"),
         ("network.depth=40", "network.depth: 40 is not a multiple"),

@@ -81,6 +81,11 @@ def test_levels_that_are_not_given_are_the_library_s():
     [
         (network("PAN"), ModelError, "PAN with resnet18 takes no chips of 64 px .*: change chips.size"),
         (network("FPN", encoder_depth=3), ModelError, "FPN with resnet18 answers 64 px with 256: make encoder_depth"),
+        (
+            network("Unet", encoder_depth=3, decoder_channels=[32, 16, 8], decoder_attention_type="scse"),
+            ModelError,
+            r"Unet with resnet18: layer decoder\S*cSE\S* has no channels left: give decoder_channels of more",
+        ),
         (network("Unet", encoder="resnet81"), ModelError, "did you mean resnet18"),
         ({"network": {"weights": "/nowhere/m"}}, ModelError, "/nowhere/m"),
         ({"fit": {"devices": 3}}, InputError, "fit.batch_size: 4 cannot be shared evenly by 3"),

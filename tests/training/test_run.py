@@ -21,6 +21,7 @@ from s2seg.training.chips import open_chips
 from s2seg.training.config import TrainConfig, load_config
 from s2seg.training.regions import open_regions
 from s2seg.training.run import evaluate_model, preview, train
+from tests.tiny import tiny_onnx
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -163,12 +164,33 @@ def test_a_preview_keeps_its_own_chips_and_makes_others_anew(
         preview(other, page, chips=folder / "chips.zarr", overwrite=True)
 
 
+def test_an_exported_model_knows_its_test_part(
+    trained: tuple[TrainConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = trained
+    export = ["export", "--model", str(folder), "--kind", "onnx", "--output", str(tmp_path / "m")]
+    assert main(export) == 0
+    assert main([*export, "--overwrite"]) == 0
+    assert main(["evaluate", "--model", str(tmp_path / "m"), "--chips", str(folder / "chips.zarr")]) == 0
+    (again,) = read_scores(tmp_path / "m" / "scores_test.json").values()
+    (scores,) = read_scores(folder / "scores_test.json").values()
+    assert again.support.tolist() == scores.support.tolist()
+    assert again.mean_iou == pytest.approx(scores.mean_iou, abs=1e-2)
+    capsys.readouterr()
+    assert main(["models", "show", str(tmp_path / "m"), "--check", "--chips", str(folder / "chips.zarr")]) == 0
+    printed = capsys.readouterr().out
+    assert "agreement with onnxruntime" in printed and "why not" in printed
+    other = tiny_onnx(tmp_path / "other", bands=("red", "swir16"))
+    assert main(["models", "show", other.path, "--check", "--chips", str(folder / "chips.zarr")]) == 2
+    assert "the model needs swir16, and the chips in" in capsys.readouterr().err
+
+
 def test_a_model_that_does_not_fit_is_told_before_chips_are_cut(
     trained: tuple[TrainConfig, Path], synthetic: SyntheticRegion, tmp_path: Path
 ) -> None:
     for changes, says in (
         ({"legend": "esri"}, "'synthetic' is not that of the labels, 'esri': give"),
-        ({"bands": ["red", "nir"]}, "the model needs blue, green, and the configuration has red, nir"),
+        ({"bands": ["red", "nir"]}, "needs blue, green, and the configuration has red, nir: .* its own configuration"),
     ):
         with pytest.raises(InputError, match=says):
             evaluate_model(trained[1], tmp_path / "e", config=write_config(synthetic, tmp_path, **changes))

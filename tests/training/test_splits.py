@@ -176,8 +176,8 @@ def three():
     [
         ([0, 0, 0], [1, 2, 3], PARTS, "no pixel is labelled"),
         ([2, 2, 2], [1, 2, 3], PARTS, "all labels are 'wood'"),
-        ([1, 2, 1], [1, 1, 3], PARTS[:2], "the validation part of the split has no labels; try another split.seed"),
-        ([1, 2, 0], [1, 2, 3], PARTS, "the test part"),
+        ([1, 2, 1], [1, 1, 3], PARTS[:2], "the validation part of the split has no labels"),
+        ([1, 2, 0], [1, 2, 3], PARTS, "the test part .* more areas or tiles; a test part is left out with a share"),
         ([1, 2, 3], [1, 2, 3], PARTS, "no label of 'wood', 'rock' is in train"),
     ],
 )

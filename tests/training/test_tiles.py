@@ -164,6 +164,13 @@ def test_pairs_that_do_not_fit(folders, legend, image, mask, says):
         read_tiles(folders, legend, "abcdef")
 
 
+def test_a_fourth_band_of_a_png_is_alpha(folders, legend):
+    save_png(folders.images / "a.png", np.full((40, 50, 4), 100))
+    save_png(folders.labels / "a.png", CODES)
+    with pytest.raises(InputError, match=r"has 3 bands and alpha, and 4 are named: .*; a PNG holds 1 or 3 besides"):
+        read_tiles(folders, legend, (*RGB, "nir"))
+
+
 def test_folders_that_do_not_fit(folders, legend):
     with pytest.raises(InputError, match="there is no folder"):
         read_tiles(folders, legend, RGB)

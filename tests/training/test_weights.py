@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +12,8 @@ from s2seg.training.weights import adapt_bands, start_from
 
 LEGEND = Legend("two", (LandClass(1, "a", "#ff0000"), LandClass(2, "b", "#00ff00")))
 OTHER = Legend("three", (*LEGEND.classes, LandClass(9, "c", "#0000ff")))
+RENAMED = Legend("renamed", tuple(replace(c, name=c.name * 2) for c in LEGEND))
+RECOLOURED = Legend("recoloured", tuple(replace(c, color="#000000") for c in LEGEND))
 FIRST, HEAD = "encoder.conv1.weight", "segmentation_head.0.weight"
 
 
@@ -46,7 +50,9 @@ def source(tmp_path_factory):
     ("file", "bands", "legend", "fresh"),
     [
         ("bundle", ("red", "green", "nir"), LEGEND, ()),
+        ("bundle", ("red", "green", "nir"), RECOLOURED, ()),
         ("bundle", ("red", "green", "nir"), OTHER, (HEAD, "segmentation_head.0.bias")),
+        ("bundle", ("red", "green", "nir"), RENAMED, (HEAD, "segmentation_head.0.bias")),
         ("whole.safetensors", ("blue", "red", "nir"), LEGEND, ()),  # as many bands: nobody knows that they are others
     ],
 )
@@ -90,6 +96,19 @@ def test_bands_of_a_name_keep_their_filters(source):
     red, green, nir = state[FIRST].unbind(1)
     expected = torch.stack([nir, state[FIRST].mean(1), red, green], 1) * 3 / 4
     assert torch.equal(network.state_dict()[FIRST], expected)
+
+
+@pytest.mark.parametrize(
+    ("known", "bands", "sources"),
+    [
+        (("red", "green", "nir"), ("red@spring", "nir@summer", "swir16@spring"), ([0], [2], [0, 1, 2])),
+        (("red@spring", "red@summer", "nir@spring"), ("red", "red@summer", "nir@autumn"), ([0, 1], [1], [2])),
+    ],
+)
+def test_bands_of_a_season_take_over_the_filters_of_their_band(known, bands, sources):
+    weight = torch.rand(4, 3, 7, 7)
+    expected = [weight[:, indices].mean(1) for indices in sources]
+    torch.testing.assert_close(adapt_bands(weight, known, bands), torch.stack(expected, 1))
 
 
 @pytest.mark.parametrize("bands", [1, 2, 6])

@@ -45,8 +45,8 @@ def _scene():
     return image, labels, split
 
 
-def toy_chips(path) -> ChipStore:
+def toy_chips(path, spec=ChipSpec(32, 16)) -> ChipStore:  # noqa: B008  frozen
     """The toy area's chips, with both parts."""
     image, labels, split = _scene()
     area = make_area(chunk=48, image=image, labels=labels, split=split)
-    return write_chips([area], path, LEGEND, ChipSpec(32, 16), fingerprint="toy", bands=("red", "nir"))
+    return write_chips([area], path, LEGEND, spec, fingerprint="toy", bands=("red", "nir"))
