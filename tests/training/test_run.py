@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,3 +230,23 @@ def test_the_examples_have_what_they_name(real_data: Path, monkeypatch: pytest.M
     for region in open_regions(config):
         assert region.scene.sizes["band"] == len(config.channels)
         assert region.scene.shape[1:] == region.labels.shape == region.split.shape
+
+
+def test_a_preview_shows_mixed_dates(
+    synthetic: SyntheticRegion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    area = {"name": "toy", "catalog": str(synthetic.catalog), "datetime": list(synthetic.dates[:2])}
+    areas = [area | {"labels": {"raster": str(synthetic.truth)}}]
+    config = load_config(write_config(synthetic, tmp_path, areas=areas, augment={"mixed_dates": 1.0}))
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("s2seg.training.preview.write_preview", lambda path, images, *_, **o: drawn.update(o, i=images))
+    preview(config, tmp_path / "preview.png")
+    chips = open_chips(tmp_path / "chips.zarr")
+    assert len(drawn["mixed"]) == drawn["columns"] - 2 == 4
+    for images, _ in drawn["mixed"]:
+        assert (images != drawn["i"]).any(axis=(1, 2, 3)).mean() > 0.5
+        for mixed, chip in zip(images, drawn["i"], strict=True):
+            (here,) = np.flatnonzero([np.array_equal(image, chip) for image in chips.images(slice(None))])[:1]
+            place = (chips.origin[:, 1:] == chips.origin[here, 1:]).all(1)
+            # every pixel is of one of the dates
+            assert (mixed == chips.images(np.flatnonzero(place))).all(1).any(0).all()
