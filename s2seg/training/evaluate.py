@@ -67,7 +67,7 @@ def baseline(chips: ChipStore, seed: int = 0) -> Forest:
     train = chips.indices("train")
     if len(train) > _FOREST_CHIPS:
         train = np.sort(np.random.default_rng(seed).choice(train, _FOREST_CHIPS, replace=False))
-    return fit_forest(chips.images(train), chips.labels(train), chips.legend, seed=seed)
+    return fit_forest(*chips.read(train), chips.legend, seed=seed)
 
 
 def check_evaluation(model: ModelBundle, part: str, legend: Legend, bands: Sequence[str]) -> None:

@@ -265,7 +265,7 @@ def _open(path: Path) -> Iterator[rasterio.DatasetReader]:
 
 
 def _has_mask(dataset: rasterio.DatasetReader, bands: int) -> bool:
-    """Whether alpha comes after the bands: GDAL calls every fourth band of 8 bits so, be it one that is named or not."""
+    """Whether alpha comes after the bands: GDAL calls every fourth band of 8 bits so, named or not."""
     return bool(dataset.count == bands + 1 and dataset.colorinterp[bands] == ColorInterp.alpha)
 
 
