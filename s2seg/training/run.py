@@ -12,7 +12,7 @@ import numpy as np
 from s2seg.assess.pictures import write_curves
 from s2seg.assess.scores import Scores
 from s2seg.errors import InputError, OutputError
-from s2seg.models.bundle import SPEC_FILE, ModelBundle, load_model, save_bundle
+from s2seg.models.bundle import CONFIG_FILE, SPEC_FILE, ModelBundle, load_model, save_bundle
 from s2seg.outputs._files import check_writable, replacing, writing
 from s2seg.progress import Progress, silent
 from s2seg.training.checkpoints import FOLDER as CHECKPOINTS
@@ -28,7 +28,6 @@ from s2seg.training.split_map import draw_split, draw_tiles
 from s2seg.training.splits import check_split
 from s2seg.training.streaming import StreamedChips
 
-CONFIG_FILE = "config.yaml"
 CHIPS = "chips.zarr"
 _VERSIONS = 4  # of each chip in a preview
 
