@@ -11,7 +11,7 @@ import pytest
 from distributed import Client, Scheduler, SpecCluster, Worker, get_worker
 
 from s2seg.inference import predict
-from s2seg.models.runtimes import onnxrt, open_session
+from s2seg.models.runtimes import expected_session, onnxrt, open_session
 from s2seg.outputs.zarr import read_land_cover, write_zarr
 from s2seg.pipeline import run
 from s2seg.testing import SyntheticRegion
@@ -46,7 +46,7 @@ def test_only_workers_with_a_gpu_run_the_network(
     tmp_path, monkeypatch: pytest.MonkeyPatch, device: str, networks_run_on: set[str]
 ) -> None:
     model, scene, spec = tiny_onnx(tmp_path / "m"), make_scene(512, 512), ChunkSpec.trimmed(core=64, depth=32)
-    expected = predict(scene, model, chunks=spec).compute()
+    expected = predict(scene, model, chunks=spec, runtime="onnxruntime").compute()
     ran.update(read=Counter(), network=Counter())
     classify = onnxrt.OnnxSession.classify
 
@@ -57,7 +57,8 @@ def test_only_workers_with_a_gpu_run_the_network(
     monkeypatch.setattr(onnxrt.OnnxSession, "classify", noted)
     with _cluster(io={}, gpu={"GPU": 1}) as cluster, Client(cluster):
         scene = scene.copy(data=scene.data.map_blocks(read, dtype=scene.dtype, meta=np.empty((0, 0, 0), scene.dtype)))
-        write_zarr(predict(scene, model, chunks=spec, device=device), tmp_path / "map.zarr")
+        lazy = predict(scene, model, chunks=spec, runtime="onnxruntime", device=device)
+        write_zarr(lazy, tmp_path / "map.zarr")
     np.testing.assert_array_equal(read_land_cover(tmp_path / "map.zarr").land_cover, expected.land_cover)
     assert set(ran["network"]) == networks_run_on
     assert set(ran["read"]) == {"gpu", "io"}
@@ -73,7 +74,7 @@ def test_a_map_on_a_cluster_opens_the_network_on_a_worker(
     with _cluster(worker={}) as cluster, Client(cluster):
         record = run.map_area(synthetic.catalog, synthetic.bbox, "2021", model, tmp_path / "out").record
     assert opened_by == ["worker"]
-    assert record["model"]["session"] == "onnxruntime cpu float32"
+    assert record["model"]["session"] == " ".join(expected_session(model))
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
@@ -81,7 +82,7 @@ def test_as_many_threads_run_the_network_as_the_session_wants(
     tmp_path, monkeypatch: pytest.MonkeyPatch, parallel: int
 ) -> None:
     model, scene = tiny_onnx(tmp_path / "m"), make_scene(256, 256)
-    session, together = open_session(model), threading.Barrier(parallel)
+    session, together = open_session(model, "onnxruntime"), threading.Barrier(parallel)
     classify, running, most = session.classify, set(), []
 
     def noted(*arguments: object) -> object:
@@ -95,7 +96,7 @@ def test_as_many_threads_run_the_network_as_the_session_wants(
     monkeypatch.setattr(session, "parallel", parallel)
     monkeypatch.setattr(session, "classify", noted)
     with dask.config.set(scheduler="threads", num_workers=4):
-        predict(scene, model, chunks=ChunkSpec.trimmed(core=64, depth=32)).compute()
+        predict(scene, model, chunks=ChunkSpec.trimmed(core=64, depth=32), runtime="onnxruntime").compute()
     assert most == [parallel] * 16
 
 

@@ -68,7 +68,7 @@ class ModelBundle:
 
     @property
     def is_onnx(self) -> bool:
-        """Whether the network is an ONNX file, run by onnxruntime."""
+        """Whether the network is an ONNX file, which torch does not run."""
         return self.spec.is_onnx
 
 
@@ -152,7 +152,7 @@ def describe(bundle: ModelBundle) -> list[tuple[str, str]]:
         ("path", bundle.path),
         ("sha256", bundle.sha256),
         ("architecture", _inline(spec.architecture)),
-        ("runtime", "onnxruntime" if bundle.is_onnx else "torch"),
+        ("runtimes", f"openvino, {'onnxruntime' if bundle.is_onnx else 'torch'}"),
         ("weights", f"{spec.weights_file}, {bundle.weights_path.stat().st_size / 2**20:.1f} MiB"),
         *(
             (f"band {band}", f"(DN x {spec.scale:g} - {mean:.4g}) / {std:.4g}")

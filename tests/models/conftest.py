@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from s2seg.legend import LandClass, Legend
-from s2seg.models import ModelSpec, build_network, save_bundle
+from s2seg.models import ModelSpec, build_network, import_onnx, save_bundle
 
 LEGEND = Legend(
     "test",
@@ -106,6 +106,12 @@ def onnx_fixed(network, tmp_path_factory):
 def facts(spec) -> dict:
     """What import_onnx must be told about the network."""
     return {"name": "foreign", "bands": spec.bands, "mean": spec.mean, "std": spec.std, "legend": spec.legend}
+
+
+@pytest.fixture(scope="session")
+def free(onnx_free, facts, tmp_path_factory):
+    """``onnx_free`` as a bundle."""
+    return import_onnx(onnx_free, tmp_path_factory.mktemp("free") / "m", **facts)
 
 
 @pytest.fixture

@@ -305,7 +305,7 @@ def test_describe_says_what_a_person_asks(bundle):
     assert rows["name"] == "test net"
     assert rows["sha256"] == bundle.sha256
     assert rows["architecture"] == "name=Unet, encoder=mobilenet_v2"
-    assert rows["runtime"] == "torch"
+    assert rows["runtimes"] == "openvino, torch"
     assert rows["band nir"] == "(DN x 0.0001 - 0.25) / 0.12"
     assert rows["class 200"] == "bright #f0f0f0"
     assert rows["stride, depth"] == "32, 96 px"

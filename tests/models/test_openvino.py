@@ -66,6 +66,49 @@ def test_what_auto_takes_and_why(bundle, monkeypatch):
     assert chosen(bundle) == ("torch cpu float32", "OpenVINO is not installed: pip install 's2seg[openvino]'")
 
 
+def test_auto_takes_the_same_for_onnx_files(free, monkeypatch):
+    session, why = choose_session(free)
+    assert (session.name, why) == (AUTO, "the fastest on a CPU of those installed")
+    assert choose_session(free, device="cpu")[0] is session
+    dn = smooth_pixels(24, n=4, side=192)
+    expected = open_session(free, "onnxruntime").classify(dn, 32, CLASS)["class"]
+    assert np.mean(session.classify(dn, 32, CLASS)["class"] == expected) >= 0.995
+    monkeypatch.setattr(runtimes, "_by_request", {})
+    monkeypatch.setitem(runtimes._MODULES, "openvino", ("no_such_module",))
+    session, why = choose_session(free)
+    assert session.name == "onnxruntime cpu float32"
+    assert why == "OpenVINO is not installed: pip install 's2seg[openvino]'"
+
+
+def test_a_gpu_goes_before_openvino(bundle, free, monkeypatch, tmp_path):
+    driver = tmp_path / "driver"
+    driver.touch()
+    monkeypatch.setattr(runtimes, "_GPU_DRIVERS", (str(driver),))
+    for kind, own in ((bundle, "torch"), (free, "onnxruntime")):
+        monkeypatch.setattr(runtimes, "_choose_device", lambda *_: "cpu")
+        assert runtimes._first_choice(kind, "auto")[0] == "openvino"
+        monkeypatch.setattr(runtimes, "_choose_device", lambda *_: "cuda")
+        assert runtimes._first_choice(kind, "auto") == (own, "a GPU is there")
+        assert runtimes._first_choice(kind, "cuda:1") == (own, "a GPU is asked for")
+        assert runtimes._first_choice(kind, "cpu")[0] == "openvino"
+        driver.unlink()
+        assert runtimes._first_choice(kind, "auto")[0] == "openvino"  # without a driver nobody is asked
+        driver.touch()
+
+
+def test_an_onnx_network_that_openvino_cannot_shape(free, monkeypatch):
+    def fail(self, *key):
+        raise RuntimeError("Check 'shapes' failed\nwhile validating node 'opset1::Reshape'")
+
+    monkeypatch.setattr(module.OpenVinoSession, "_graph", fail)
+    monkeypatch.setattr(runtimes, "_by_request", {})
+    monkeypatch.setattr(runtimes, "_sessions", {})
+    with pytest.raises(ModelError, match=r"OpenVINO cannot shape the network: .*Reshape'; use runtime 'onnxruntime'"):
+        open_session(free, "openvino")
+    with pytest.warns(S2SegWarning, match="runs on onnxruntime, as OpenVINO does not run it: .*Reshape"):
+        assert choose_session(free)[0].name == "onnxruntime cpu float32"
+
+
 def test_an_operator_that_openvino_lacks(renamed, monkeypatch):
     def fail(network, bundle, file, example):
         raise RuntimeError("No conversion rule found for operations: aten::col2im")

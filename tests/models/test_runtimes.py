@@ -53,11 +53,6 @@ def assert_layers_agree(answer, expected, share=1e-4, steps=1):
 
 
 @pytest.fixture(scope="module")
-def free(onnx_free, facts, tmp_path_factory):
-    return import_onnx(onnx_free, tmp_path_factory.mktemp("free") / "m", **facts)
-
-
-@pytest.fixture(scope="module")
 def fixed(onnx_fixed, facts, tmp_path_factory):
     return import_onnx(onnx_fixed, tmp_path_factory.mktemp("fixed") / "m", **facts)
 
@@ -121,7 +116,9 @@ def test_input_is_left_alone(session):
 
 def test_onnxruntime_agrees_with_torch(bundle, free):
     dn = smooth_pixels(6, n=4)
-    assert_layers_agree(open_session(free).classify(dn, 0, ALL), open_session(bundle, "torch").classify(dn, 0, ALL))
+    assert_layers_agree(
+        open_session(free, "onnxruntime").classify(dn, 0, ALL), open_session(bundle, "torch").classify(dn, 0, ALL)
+    )
 
 
 def test_bfloat16_agrees_with_float32(bundle):
@@ -235,7 +232,7 @@ def test_onnx_choices_that_cannot_be_had(free):
     with pytest.raises(ModelError, match=r"model\.onnx does not run on torch: use runtime 'onnxruntime'"):
         open_session(free, "torch")
     with pytest.raises(ModelError, match="use 'float32', not 'bfloat16'"):
-        open_session(free, precision="bfloat16")
+        open_session(free, "onnxruntime", precision="bfloat16")
     for device, has in (("cuda", "CUDA"), ("tensorrt:1", "TensorRT")):
         with pytest.raises(ModelError, match=f"this onnxruntime has no {has}: pip install onnxruntime-gpu"):
             open_session(free, "onnxruntime", device)
@@ -353,7 +350,7 @@ def test_an_onnx_model_never_loads_torch(free):
         "print(s.name, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, free.path], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "onnxruntime cpu float32 False"
+    assert done.stdout.strip() == f"{' '.join(expected_session(free))} False"
     assert done.stderr == ""
 
 

@@ -128,9 +128,9 @@ def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto
     bundle
         From :func:`s2seg.load_model`.
     runtime
-        ``torch``, ``torch-compiled``, ``openvino``, ``onnxruntime`` or ``auto``. ``auto`` takes onnxruntime for an ONNX
-        bundle; for the others torch on a GPU, and on a CPU OpenVINO where it is installed and can convert the network,
-        else torch. ``torch-compiled`` needs a C++ compiler (on a GPU: Triton) and 5 to 15 s for each shape of window;
+        ``torch``, ``torch-compiled``, ``openvino``, ``onnxruntime`` or ``auto``. ``auto`` takes OpenVINO on a CPU where
+        it is installed and can convert the network; else, and on a GPU, onnxruntime for an ONNX bundle and torch for
+        the others. ``torch-compiled`` needs a C++ compiler (on a GPU: Triton) and 5 to 15 s for each shape of window;
         then it is 1.8 times as fast as torch on a CPU with AMX in bfloat16, and 1.1 times in float32.
     device
         ``cpu``, ``cuda``, ``cuda:1`` or ``auto``: the first CUDA device that the runtime sees, else the CPU. For ONNX
@@ -145,7 +145,7 @@ def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto
     Warns
     -----
     S2SegWarning
-        When ``auto`` wanted OpenVINO and had to fall back on torch: says why.
+        When ``auto`` wanted OpenVINO and had to fall back on another runtime: says why.
 
     Raises
     ------
@@ -226,30 +226,36 @@ def _choose(bundle: ModelBundle, runtime: str, device: str, precision: str) -> t
         return _open(bundle, "openvino", "cpu", precision), why
     except ConversionError as error:
         why = f"OpenVINO does not run it: {error.reason}"
-    warnings.warn(f"model {bundle.path}: runs on torch, as {why}", S2SegWarning, stacklevel=4)
-    return _open(bundle, "torch", "cpu", precision), why
+    runtime = _own_runtime(bundle)
+    warnings.warn(f"model {bundle.path}: runs on {runtime}, as {why}", S2SegWarning, stacklevel=4)
+    return _open(bundle, runtime, "cpu", precision), why
+
+
+def _own_runtime(bundle: ModelBundle) -> str:
+    """The runtime that every network of this kind runs on, on any device."""
+    return "onnxruntime" if bundle.is_onnx else "torch"
 
 
 def _first_choice(bundle: ModelBundle, device: str) -> tuple[str, str]:
     """Which runtime ``auto`` tries, and why."""
-    if bundle.is_onnx:
-        return "onnxruntime", "the network is an ONNX file"
+    if device not in ("auto", "cpu"):
+        return _own_runtime(bundle), "a GPU is asked for"
+    if device == "auto" and _sees_gpu(bundle):
+        return _own_runtime(bundle), "a GPU is there"
     if not _installed("openvino"):
-        return "torch", f"OpenVINO is not installed: {_EXTRAS['openvino']}"
-    if device.startswith("cuda") or (device == "auto" and _sees_gpu(bundle.path)):
-        return "torch", "a GPU is there"
+        return _own_runtime(bundle), f"OpenVINO is not installed: {_EXTRAS['openvino']}"
     return "openvino", "the fastest on a CPU of those installed"
 
 
-def _sees_gpu(path: str) -> bool:
-    """Whether torch sees a GPU; where no driver can be there it is not loaded to find out, which takes seconds."""
+def _sees_gpu(bundle: ModelBundle) -> bool:
+    """Whether the network's own runtime sees a GPU.
+
+    Where no driver can be there the runtime is not loaded to find out: with torch that takes seconds.
+    """
     if sys.platform == "darwin" or (sys.platform == "linux" and not any(Path(d).exists() for d in _GPU_DRIVERS)):
         return False
-    if not _installed("torch"):
-        return False
-    from s2seg.models.runtimes.pytorch import choose_device
-
-    return choose_device(path, "auto") != "cpu"
+    runtime = _own_runtime(bundle)
+    return _installed(runtime) and _choose_device(bundle, runtime, "auto") != "cpu"
 
 
 def _open(bundle: ModelBundle, runtime: str, device: str, precision: str) -> Session:

@@ -79,6 +79,8 @@ class OpenVinoSession:
         self._options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[precision], "ENABLE_CPU_PINNING": False} | _threads()
         # what cannot be converted shall be told now
         self._batch = self._fixed_batch(self._file(0 if bundle.spec.blends else bundle.spec.depth))
+        if bundle.is_onnx:
+            self._check_foreign()
         self._compiled: dict[_Key, Any] = {}
         self._lock = threading.Lock()
 
@@ -173,6 +175,17 @@ class OpenVinoSession:
                 self._path, f"OpenVINO cannot open the network: {one_line(error)}; use another runtime"
             ) from error
         return 1 if batch.is_dynamic else int(batch.get_length())
+
+    def _check_foreign(self) -> None:
+        """Refuse a network that lets itself be opened, but not be given a shape."""
+        spec = self._bundle.spec
+        side = spec.window or 2 * spec.stride
+        try:
+            self._graph((self._batch, len(spec.bands), side, side), 0, frozenset({"class"}))
+        except RuntimeError as error:
+            raise ConversionError(
+                self._path, f"OpenVINO cannot shape the network: {one_line(error)}; use runtime 'onnxruntime'"
+            ) from error
 
 
 _Key = tuple[tuple[int, ...], int, frozenset[str]]
