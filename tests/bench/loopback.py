@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,16 +34,16 @@ class Traffic:
 
 
 @contextmanager
-def serving(root: Path, delay: float) -> Iterator[tuple[str, Traffic]]:
+def serving(root: Path, delay: float, pace: float = math.inf) -> Iterator[tuple[str, Traffic]]:
     """Serve a folder, ranges included, on a free port; yields the address and the count of what was asked for.
 
-    Every answer is ``delay`` seconds late.
+    Every answer is ``delay`` seconds late, and all of them share a line of ``pace`` bytes a second.
 
     The server is a process of its own: in a thread it would wait for the interpreter, which a reader can hold.
     """
     context = multiprocessing.get_context("spawn")
     counts, ports = context.Array("q", 2), context.SimpleQueue()
-    process = context.Process(target=_serve, args=(root, delay, counts, ports), daemon=True)
+    process = context.Process(target=_serve, args=(root, delay, pace, counts, ports), daemon=True)
     process.start()
     try:
         yield f"http://127.0.0.1:{ports.get()}", Traffic(counts)
@@ -50,10 +52,24 @@ def serving(root: Path, delay: float) -> Iterator[tuple[str, Traffic]]:
         process.join()
 
 
-def _serve(root: Path, delay: float, counts: Any, ports: Any) -> None:
-    server = _Server(("127.0.0.1", 0), partial(_Files, root, delay, counts))
+def _serve(root: Path, delay: float, pace: float, counts: Any, ports: Any) -> None:
+    server = _Server(("127.0.0.1", 0), partial(_Files, root, delay, _Line(pace), counts))
     ports.put(server.server_port)
     server.serve_forever()
+
+
+class _Line:
+    """What all answers go through, one after the other."""
+
+    def __init__(self, pace: float) -> None:
+        self._pace, self._lock, self._free = pace, threading.Lock(), 0.0
+
+    def carry(self, count: int) -> None:
+        """Return when so many bytes have had their turn."""
+        with self._lock:
+            self._free = max(self._free, time.monotonic()) + count / self._pace
+            until = self._free
+        time.sleep(max(0.0, until - time.monotonic()))
 
 
 class _Server(ThreadingHTTPServer):
@@ -66,8 +82,8 @@ class _Files(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # which keeps connections open
     disable_nagle_algorithm = True  # which would hold the end of an answer back
 
-    def __init__(self, root: Path, delay: float, counts: Any, *arguments: Any) -> None:
-        self.root, self.delay, self.counts = root, delay, counts
+    def __init__(self, root: Path, delay: float, line: _Line, counts: Any, *arguments: Any) -> None:
+        self.root, self.delay, self.line, self.counts = root, delay, line, counts
         super().__init__(*arguments)
 
     def _note(self, sent: int) -> None:
@@ -100,6 +116,7 @@ class _Files(BaseHTTPRequestHandler):
         self.end_headers()
         self._note(count if body else 0)
         if body:
+            self.line.carry(count)
             with path.open("rb") as file:
                 self.connection.sendfile(file, first, count)  # the system's copy: the reader has the processors
 

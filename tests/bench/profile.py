@@ -1,4 +1,7 @@
-"""Where the time of a map goes: each part alone, on the same pixels, beside the whole and beside its own limit."""
+"""Where the time of a map goes: each part alone, on the same pixels, beside the whole and beside its own limit.
+
+The last table is of files that lie elsewhere (:mod:`tests.bench.afar`).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from s2seg.outputs.zarr import write_zarr
 from s2seg.sources.composite import CompositeSpec, composite
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
+from tests.bench import afar
 from tests.bench.fixtures import BANDS, BLOCK, DATES, WORLD, fitted_network, grid_of, labelled_scene, scene
 from tests.bench.mapping import CLASS, chain
 from tests.bench.measuring import MEGA, fresh, gib, rounds, spread
@@ -60,7 +64,7 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
         figures[case.name] = {"seconds": seconds, "session": session, "whole_and_parts_peak_bytes": peak}
         console.print(f"peak of the process, the pixels of all parts included: {gib(peak)} GiB")
     shutil.rmtree(scratch)
-    return figures
+    return figures | {"from afar": afar.measure(folder, model, console, size, repeats)}
 
 
 def _parts(case: Case, model: str, scratch: Path, repeats: int) -> tuple[dict[str, list[float]], str]:

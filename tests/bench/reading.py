@@ -6,7 +6,7 @@ import os
 import statistics
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -128,7 +128,7 @@ def plain_windows(hrefs: list[str], grid: GeoBox) -> None:
 def over_network(catalog: Path, console: Console, repeats: int) -> dict[str, Any]:
     """Read the scene block by block from a server on this machine that takes its time; nothing is left in a cache."""
     (item,) = search(catalog, WORLD, DATES)
-    grid, files = grid_of(catalog), published(catalog)
+    grid, (files,) = grid_of(catalog), published(catalog)
     chunks = -(-grid.shape[0] // BLOCK) * -(-grid.shape[1] // BLOCK)
     pixels = grid.shape[0] * grid.shape[1] * len(files) / MEGA
     on_disk = sum(file.stat().st_size for file in files.values())
@@ -178,18 +178,20 @@ def _from_afar(
     return seconds, requests, sent
 
 
-def published(catalog: Path) -> dict[str, Path]:
-    """The bands of a scene as archives publish them, overviews and all headers first; made once."""
-    (item,) = search(catalog, WORLD, DATES)
+def published(catalog: Path, bands: Sequence[str] = BANDS) -> list[dict[str, Path]]:
+    """The bands of each scene, in order of time, as archives publish them, overviews and headers first; made once."""
     folder = catalog.parent.with_name(f"{catalog.parent.name}-published")
-    files = {band: folder / f"{band}.tif" for band in BANDS}
-    folder.mkdir(exist_ok=True)
-    for band, file in files.items():
-        if not file.exists():
-            partial = file.with_suffix(".partial")
-            copy(item.assets[band].href, partial, driver="COG", compress="deflate", predictor="yes", blocksize=1024)
-            partial.rename(file)
-    return {band: file.resolve() for band, file in files.items()}
+    scenes = []
+    for item in search(catalog, WORLD, DATES):
+        files = {band: (folder / item.id / f"{band}.tif").resolve() for band in bands}
+        for band, file in files.items():
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(".partial")
+                copy(item.assets[band].href, partial, driver="COG", compress="deflate", predictor="yes", blocksize=1024)
+                partial.rename(file)
+        scenes.append(files)
+    return scenes
 
 
 @contextmanager
