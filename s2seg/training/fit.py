@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
 import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,13 +23,14 @@ from s2seg.allocator import keep_freed_memory
 from s2seg.errors import InputError, ModelError, S2SegWarning
 from s2seg.models.spec import ModelSpec
 from s2seg.models.unet import build_network, pools_globally
-from s2seg.outputs._files import remove, replacing, writing
+from s2seg.outputs._files import remove, writing
 from s2seg.progress import silent
 from s2seg.training.augment import IGNORE_INDEX, Augment, AugmentSpec
 from s2seg.training.checkpoints import BEST, FOLDER, LAST, BestAndLast, WholeFiles, load_checkpoint
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
 from s2seg.training.data import ChipData, date_plan
+from s2seg.training.history import SCORES, Recorder, Standing, epochs_of, runs_of
 from s2seg.training.logs import LOGS, check_logs, open_logs, run_ids
 from s2seg.training.losses import build_loss
 from s2seg.training.module import Descent, SegmentationModule
@@ -40,33 +38,11 @@ from s2seg.training.processes import Tell, run_processes
 from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
 from s2seg.training.weights import start_from
 
-_SCORES = ("train_loss", "val_loss", "val_mean_iou", "val_accuracy")
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
     # Lightning 2.6 asks torch 2.14 in a way that goes out of use
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
 )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a training stands.
-
-    Parameters
-    ----------
-    epoch, epochs
-        The current one, counted from 1, and how many there are at most.
-    step, steps
-        Batches done in this epoch, and how many it has.
-    row
-        At the end of an epoch: what :attr:`FitResult.history` gets; None before.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    row: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +78,7 @@ def fit(
     folder: str | Path,
     *,
     resume: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Standing], None] | None = None,
 ) -> FitResult:
     """Train the network that a configuration describes.
 
@@ -144,7 +120,7 @@ def fit(
         if start is None:
             _clear(folder)
         if start is None or not _is_over(config, keeper, start):
-            done, runs = (0, {}) if start is None else (_epochs(start), _runs(start))
+            done, runs = (0, {}) if start is None else (epochs_of(start), runs_of(start))
             training = _Training(config, chips, folder, machine, done, runs)
             if config.fit.devices == 1:
                 with open_logs(config, folder / LOGS, runs) as loggers:
@@ -170,7 +146,7 @@ class _Training:
         module: SegmentationModule,
         data: ChipData,
         loggers: Mapping[str, Logger],
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[Standing], None],
         strategy: str | Strategy = "auto",
     ) -> None:
         """Train from the last checkpoint or from the beginning."""
@@ -178,7 +154,7 @@ class _Training:
             keep_freed_memory()
         settings = self.config.fit
         keeper = BestAndLast((self.folder / FOLDER).absolute(), settings.patience)
-        recorder = _Recorder(self.config, self.folder / LOGS, data, on_progress, run_ids(loggers))
+        recorder = Recorder(self.config, self.folder / LOGS, data, on_progress, run_ids(loggers))
         trainer = pl.Trainer(
             **self.machine,
             strategy=strategy,
@@ -198,7 +174,7 @@ class _Training:
             trainer.fit(module, datamodule=data, ckpt_path=keeper.folder / LAST if self.epochs_done else None)
 
 
-def _run_processes(training: _Training, on_progress: Callable[[Progress], None]) -> None:
+def _run_processes(training: _Training, on_progress: Callable[[Standing], None]) -> None:
     """Train in one process per device of this machine."""
     devices = training.config.fit.devices
     environment = {
@@ -394,7 +370,7 @@ def _result(module: SegmentationModule, keeper: BestAndLast, keep: Literal["best
     """Take everything from the two files: where several processes trained, this one knows nothing else."""
     last = load_checkpoint(keeper.folder / LAST)
     keeper.load_state_dict(last["callbacks"][keeper.state_key])
-    history = tuple(last["callbacks"][_Recorder.state_key]["history"])
+    history = tuple(last["callbacks"][Recorder.state_key]["history"])
     best_epoch = keeper.best_epoch + 1
     kept_epoch, kept = (best_epoch, load_checkpoint(keeper.folder / BEST)) if keep == "best" else (len(history), last)
     module.cpu().load_state_dict(kept["state_dict"])
@@ -407,7 +383,7 @@ def _result(module: SegmentationModule, keeper: BestAndLast, keep: Literal["best
             "best_epoch": best_epoch,
             "kept_epoch": kept_epoch,
         },
-        metrics={name: row[name] for name in _SCORES},
+        metrics={name: row[name] for name in SCORES},
     )
     return FitResult(module.fitted.eval(), spec, history, best_epoch, kept_epoch)
 
@@ -452,76 +428,6 @@ def _fast_bfloat16(kind: str) -> bool:
     return kind == "cpu" and bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
 
 
-class _Recorder(pl.Callback):
-    """Keep the history, across restarts too; write it as CSV; tell how far the training is."""
-
-    state_key = "s2seg_history"
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        data: ChipData,
-        on_progress: Callable[[Progress], None],
-        log_runs: Mapping[str, str],
-    ) -> None:
-        self.history: list[dict[str, float]] = []
-        self._log_runs = dict(log_runs)
-        self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
-        self._csv = folder / "history.csv" if "csv" in config.logs else None
-        self._data, self._on_progress = data, on_progress
-        self._started = self._waited = self._learning_rate = 0.0
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        """Start the clock."""
-        self._started, self._waited = time.perf_counter(), self._data.waited
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Note the learning rate that the batch is trained with; after it the schedule moves on."""
-        self._learning_rate = float(trainer.optimizers[0].param_groups[-1]["lr"])
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Tell about a batch."""
-        self._tell(trainer, trainer.fit_loop.batch_idx + 1, None)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add a row to the history, and tell about the epoch."""
-        scores = {name: float(trainer.callback_metrics[name]) for name in _SCORES}
-        facts = {
-            "learning_rate": self._learning_rate,
-            "seconds": time.perf_counter() - self._started,
-            "data_wait": self._data.waited - self._waited,
-        }
-        pl_module.log_dict(facts, sync_dist=True)
-        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **scores, **facts}
-        self.history.append(row)
-        if trainer.is_global_zero and self._csv is not None:
-            _write_csv(self._csv, self.history)
-        self._tell(trainer, int(trainer.num_training_batches), row)
-
-    def _tell(self, trainer: pl.Trainer, step: int, row: Mapping[str, float] | None) -> None:
-        if trainer.is_global_zero:
-            steps = int(trainer.num_training_batches)
-            self._on_progress(Progress(trainer.current_epoch + 1, self._epochs, step, steps, row))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what must survive a restart."""
-        return {"history": self.history, "fingerprint": self._fingerprint, "log_runs": self._log_runs}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
-        self.history = list(state_dict["history"])
-
-
-def _write_csv(path: Path, history: list[dict[str, float]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, history[0])
-    writer.writeheader()
-    writer.writerows(history)
-    with replacing(path) as partial, writing(path):
-        partial.write_text(text.getvalue())
-
-
 def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[str, Any] | None:
     """Return the states of the callbacks in the last checkpoint, if there is one to go on from."""
     if not resume:
@@ -530,7 +436,7 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
         warnings.warn(f"there is no checkpoint in {folder} to resume from: training starts anew", S2SegWarning, 4)
         return None
     states: dict[str, Any] = load_checkpoint(folder / LAST).get("callbacks", {})
-    if states.get(_Recorder.state_key, {}).get("fingerprint") != config.fingerprint():
+    if states.get(Recorder.state_key, {}).get("fingerprint") != config.fingerprint():
         raise InputError(
             f"{folder / LAST} was made with another configuration: resume with that one (config.yaml beside it), "
             "or train anew in another folder"
@@ -538,19 +444,9 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
     return states
 
 
-def _epochs(states: dict[str, Any]) -> int:
-    """How many epochs were trained before the checkpoint with these states of the callbacks."""
-    return len(states[_Recorder.state_key]["history"])
-
-
-def _runs(states: dict[str, Any]) -> dict[str, str]:
-    """Where the logs of that training are."""
-    return dict(states[_Recorder.state_key].get("log_runs", {}))
-
-
 def _is_over(config: TrainConfig, keeper: BestAndLast, states: dict[str, Any]) -> bool:
     """Whether the interrupted training had come to its end, by its epochs or its patience."""
-    epochs = _epochs(states)
+    epochs = epochs_of(states)
     keeper.load_state_dict(states[keeper.state_key])
     return epochs >= config.fit.epochs or keeper.gives_up(epochs - 1)
 
