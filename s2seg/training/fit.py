@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,16 +31,11 @@ from s2seg.training.data import ChipData, date_plan
 from s2seg.training.history import SCORES, Recorder, Standing, epochs_of, runs_of
 from s2seg.training.logs import LOGS, check_logs, open_logs, run_ids
 from s2seg.training.losses import build_loss
+from s2seg.training.machine import interruptible, machine, quiet, reproducible
 from s2seg.training.module import Descent, SegmentationModule
 from s2seg.training.processes import Tell, run_processes
 from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
 from s2seg.training.weights import start_from
-
-_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
-_NOISE: tuple[tuple[str, type[Warning]], ...] = (
-    # Lightning 2.6 asks torch 2.14 in a way that goes out of use
-    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +102,9 @@ def fit(
         When a checkpoint cannot be written; the one before it is whole.
     """
     folder = Path(folder)
-    machine = _machine(config)
+    arguments = machine(config)
     check_logs(config.logs)
-    _check_batch(config)
-    with _reproducible(), _quiet():
+    with reproducible(), quiet():
         # also for a network that is trained in other processes: so that a mistake shows before they start
         module, data = _module(config, chips)
         keeper = BestAndLast((folder / FOLDER).absolute(), config.fit.patience)
@@ -121,7 +113,7 @@ def fit(
             _clear(folder)
         if start is None or not _is_over(config, keeper, start):
             done, runs = (0, {}) if start is None else (epochs_of(start), runs_of(start))
-            training = _Training(config, chips, folder, machine, done, runs)
+            training = _Training(config, chips, folder, arguments, done, runs)
             if config.fit.devices == 1:
                 with open_logs(config, folder / LOGS, runs) as loggers:
                     training.run(module, data, loggers, on_progress or silent)
@@ -170,7 +162,7 @@ class _Training:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        with _interruptible():
+        with interruptible():
             trainer.fit(module, datamodule=data, ckpt_path=keeper.folder / LAST if self.epochs_done else None)
 
 
@@ -192,7 +184,7 @@ def _run_processes(training: _Training, on_progress: Callable[[Standing], None])
 def _run_share(training: _Training, rank: int, tell: Tell) -> None:
     """Train as one of several processes."""
     os.environ["LOCAL_RANK"] = str(rank)
-    with _reproducible(), _quiet():
+    with reproducible(), quiet():
         module, data = _module(training.config, training.chips)
         # weights may have no gradient: those of a frozen encoder, and of layers that nothing uses
         strategy = DDPStrategy(cluster_environment=LightningEnvironment(), find_unused_parameters=True)
@@ -216,11 +208,10 @@ def check_fit(config: TrainConfig) -> None:
     ModelError
         For a network that cannot be built or does not fit the chips, or starting weights that do not fit it.
     """
-    _machine(config)
+    machine(config)
     check_logs(config.logs)
-    _check_batch(config)
     bands = len(config.channels)
-    with _reproducible():
+    with reproducible():
         spec = _spec(config, (0.0,) * bands, (1.0,) * bands, {})
         start_from(build_network(spec), spec, config.network.weights)
 
@@ -340,12 +331,6 @@ def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, 
     return module, ChipData(chips, train, validation, plan, dates)
 
 
-def _check_batch(config: TrainConfig) -> None:
-    size, devices = config.fit.batch_size, config.fit.devices
-    if size % devices:
-        raise InputError(f"fit.batch_size: {size} cannot be shared evenly by {devices} devices")
-
-
 def _plan(config: TrainConfig, histogram: Any) -> EpochPlan:
     settings = config.fit
     weights = chip_weights(histogram) if settings.sampling == "balanced" else None
@@ -388,44 +373,7 @@ def _result(module: SegmentationModule, keeper: BestAndLast, keep: Literal["best
     return FitResult(module.fitted.eval(), spec, history, best_epoch, kept_epoch)
 
 
-# -- where it runs, and what it leaves behind -------------------------------------------------------------------------
-
-
-def _machine(config: TrainConfig) -> dict[str, Any]:
-    """Return the Trainer's arguments about the machine."""
-    settings = config.fit
-    kind = settings.accelerator
-    if kind == "auto":
-        kind = "gpu" if torch.cuda.is_available() else "cpu"
-    if kind == "gpu" and torch.cuda.device_count() < settings.devices:
-        raise InputError(
-            f"fit.devices: {settings.devices} GPUs are asked for, torch sees {torch.cuda.device_count()}; "
-            "set fit.accelerator to cpu, or fit.devices lower"
-        )
-    if kind == "mps" and settings.devices > 1:
-        raise InputError(f"fit.devices: there is one mps device, not {settings.devices}")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("fit.accelerator: torch sees no mps device here; set it to auto")
-    if settings.precision == "float16" and kind != "gpu":
-        raise InputError("fit.precision: float16 needs a GPU; use auto, bfloat16 or float32")
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bfloat16" if _fast_bfloat16(kind) else "float32"
-    return {
-        "accelerator": kind,
-        "devices": settings.devices,
-        "precision": _PRECISIONS[precision],
-        # a GPU has no deterministic form of cross entropy over pixels
-        "deterministic": kind == "cpu",
-    }
-
-
-def _fast_bfloat16(kind: str) -> bool:
-    """Whether bfloat16 is faster than float32 here: on most CPUs it is emulated."""
-    if kind == "gpu":
-        return torch.cuda.is_bf16_supported(False)
-    abilities = torch.cpu.get_capabilities()
-    return kind == "cpu" and bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+# -- what an earlier training left ------------------------------------------------------------------------------------
 
 
 def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[str, Any] | None:
@@ -455,51 +403,3 @@ def _clear(folder: Path) -> None:
     for name in (FOLDER, LOGS):
         with writing(folder / name):
             remove(folder / name)
-
-
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """Leave torch's chance and its settings for determinism as they were."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    memory: Any = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory
-    # filling every new buffer with NaN finds bugs, and costs a pass over all memory
-    memory.fill_uninitialized_memory = False
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        memory.fill_uninitialized_memory = fill
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raise Ctrl-C as what it is, where Lightning ends the program and leaves it deaf to any further one."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from stop
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning from advertising and from telling about devices; warnings pass, but for what it cannot know."""
-    loggers = [
-        logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning", "mlflow", "alembic")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message, category in _NOISE:
-                warnings.filterwarnings("ignore", message, category)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
