@@ -18,9 +18,9 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from s2seg.allocator import keep_freed_memory
-from s2seg.errors import InputError, ModelError, S2SegWarning
+from s2seg.errors import InputError, S2SegWarning
 from s2seg.models.spec import ModelSpec
-from s2seg.models.unet import build_network, pools_globally
+from s2seg.models.unet import build_network
 from s2seg.outputs._files import remove, writing
 from s2seg.progress import silent
 from s2seg.training.augment import IGNORE_INDEX, Augment, AugmentSpec
@@ -35,6 +35,7 @@ from s2seg.training.machine import interruptible, machine, quiet, reproducible
 from s2seg.training.module import Descent, SegmentationModule
 from s2seg.training.processes import Tell, run_processes
 from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
+from s2seg.training.spec import build_spec, spec_of
 from s2seg.training.weights import start_from
 
 
@@ -212,92 +213,8 @@ def check_fit(config: TrainConfig) -> None:
     check_logs(config.logs)
     bands = len(config.channels)
     with reproducible():
-        spec = _spec(config, (0.0,) * bands, (1.0,) * bands, {})
+        spec = spec_of(config, (0.0,) * bands, (1.0,) * bands, {})
         start_from(build_network(spec), spec, config.network.weights)
-
-
-def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
-    """Return what the configured network expects and answers: scaling from the training chips, geometry from itself.
-
-    A network that pools globally is bound to the chips' size: elsewhere its answers would be others.
-
-    Raises
-    ------
-    ModelError
-        For a network that cannot be built, or does not answer a chip pixel by pixel.
-    """
-    return _spec(config, tuple(map(float, chips.mean)), tuple(map(float, chips.std)), _provenance(config, chips))
-
-
-def _spec(
-    config: TrainConfig, mean: tuple[float, ...], std: tuple[float, ...], provenance: Mapping[str, Any]
-) -> ModelSpec:
-    network, size = config.network, config.chips.size
-    # said even where it is the default, so that layers beyond it are not built
-    levels = {"encoder_depth": network.levels} if network.levels < 5 else {}
-    branch = {"full_resolution": network.full_resolution} if network.full_resolution else {}
-    spec = ModelSpec(
-        name=config.name,
-        bands=config.channels,
-        legend=config.legend,
-        mean=mean,
-        std=std,
-        architecture={
-            "name": network.architecture, "encoder": network.encoder, **levels, **network.arguments, **branch
-        },
-        stride=network.stride,
-        depth=3 * network.stride if network.depth is None else network.depth,
-        seasons=config.seasons,
-        provenance=dict(provenance),
-    )  # fmt: skip
-    if not _is_bound_to_size(spec, size):
-        return spec
-    inside = (size - 1) // 2 // spec.stride * spec.stride  # so that something is left between two depths
-    return replace(spec, global_context=True, window=size, depth=min(spec.depth, inside))
-
-
-def _is_bound_to_size(spec: ModelSpec, size: int) -> bool:
-    """Whether the network's answers depend on the window's size; raise where it has none for a chip at all."""
-    name = f"{spec.architecture['name']} with {spec.architecture['encoder']}"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # said below, with what to do
-        network = build_network(spec).eval()
-    if empty := next((layer for layer, weight in network.named_parameters() if not weight.numel()), None):
-        raise ModelError(
-            spec.name,
-            f"{name}: layer {empty.rpartition('.')[0]} has no channels left: give decoder_channels of more channels "
-            "in network.arguments (scse attention divides each by 16)",
-        )
-    try:
-        with torch.no_grad():
-            answer = network(torch.zeros(1, len(spec.bands), size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:  # how libraries put that a size does not suit them
-        reason = " ".join(str(error).split())
-        raise ModelError(spec.name, f"{name} takes no chips of {size} px ({reason}): change chips.size") from error
-    if answer.shape[2:] != (size, size):
-        raise ModelError(
-            spec.name,
-            f"{name} answers {size} px with {answer.shape[2]}: make encoder_depth and upsampling agree in "
-            "network.arguments",
-        )
-    try:
-        return pools_globally(network, len(spec.bands))
-    except (RuntimeError, ValueError, AssertionError):  # it is looked at in a small window, which some do not take
-        return True
-
-
-def _provenance(config: TrainConfig, chips: ChipStore) -> dict[str, Any]:
-    return {
-        "configuration": config.fingerprint(),
-        "chips": chips.fingerprint,
-        "areas": list(dict.fromkeys(map(str, chips.area))),
-        "items": list(chips.items),
-        "split": config.split.model_dump(mode="json", exclude_none=True),
-        "resolution": config.resolution,
-        "starting_weights": config.network.weights or "none",
-        "loss": config.loss,
-        "seed": config.fit.seed,
-    }
 
 
 def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, ChipData]:
