@@ -112,7 +112,9 @@ def fit(
         start = _last_checkpoint(config, keeper.folder, resume)
         if start is None:
             _clear(folder)
-        if start is None or not _is_over(config, keeper, start):
+        else:
+            keeper.load_state_dict(start[keeper.state_key])
+        if start is None or not _is_over(config, keeper, epochs_of(start)):
             done, runs = (0, {}) if start is None else (epochs_of(start), runs_of(start))
             training = _Training(config, chips, folder, arguments, done, runs)
             if config.fit.devices == 1:
@@ -309,10 +311,8 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
     return states
 
 
-def _is_over(config: TrainConfig, keeper: BestAndLast, states: dict[str, Any]) -> bool:
-    """Whether the interrupted training had come to its end, by its epochs or its patience."""
-    epochs = epochs_of(states)
-    keeper.load_state_dict(states[keeper.state_key])
+def _is_over(config: TrainConfig, keeper: BestAndLast, epochs: int) -> bool:
+    """Whether a training of so many epochs had come to its end, by these or by the keeper's patience."""
     return epochs >= config.fit.epochs or keeper.gives_up(epochs - 1)
 
 
