@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_qu
 from s2seg.outputs.stac import MapFacts, write_item
 from s2seg.outputs.zarr import open_stored, pieces
 from s2seg.pipeline.plan import Plan
+from s2seg.progress import Steps
 from s2seg.sources.clip import inside, needs_clip
 from s2seg.sources.composite import composite, per_date
 from s2seg.sources.items import sensing_time
@@ -63,9 +64,7 @@ class Product:
     counts: npt.NDArray[np.int64]
 
 
-def write_products(
-    plan: Plan, staged: Path, offsets: Mapping[str, Offset], report: Callable[[int, int], None]
-) -> list[Product]:
+def write_products(plan: Plan, staged: Path, offsets: Mapping[str, Offset], report: Steps) -> list[Product]:
     """COG and STAC item of each stored map, and the picture, which is read and drawn while the COGs are written."""
     maps = open_stored(staged / "land_cover.zarr").land_cover
     dates = _dates(plan, maps)

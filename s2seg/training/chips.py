@@ -23,6 +23,7 @@ import zarr
 from s2seg.errors import InputError
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.progress import Steps
 from s2seg.training.cutting import Place, Planes, Window, blocks_of, cut, dates_together
 from s2seg.training.shards import ShardedPixels
 from s2seg.training.splits import PARTS
@@ -30,7 +31,6 @@ from s2seg.training.splits import PARTS
 Images = npt.NDArray[np.uint16]
 Labels = npt.NDArray[np.uint8]
 Keep = Callable[[Images, Labels], bool]
-Progress = Callable[[int, int], None]
 
 _FORMAT = 2
 _SHARD_BYTES = 16 * 2**20  # of one file
@@ -234,7 +234,7 @@ def write_chips(
     pixels: bool = True,
     keep: Keep | None = None,
     overwrite: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Steps | None = None,
 ) -> ChipStore:
     """Cut regions into chips, filter them, and store them.
 
@@ -343,7 +343,7 @@ def _select(
     spec: ChipSpec,
     keep: Keep | None,
     tally: _Tally,
-    on_progress: Progress | None,
+    on_progress: Steps | None,
 ) -> Iterator[Iterator[_Chip]]:
     """The chips of each block of the regions in turn, to be taken before the next block comes."""
     groups = dates_together(regions)
