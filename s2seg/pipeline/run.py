@@ -1,4 +1,4 @@
-"""One area from catalog to map: the stage calls, in order. What the CLI and the jobs call."""
+"""One area from catalog to map: the stage calls, in order. What the CLI calls."""
 
 from __future__ import annotations
 
