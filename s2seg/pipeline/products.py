@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_qu
 from s2seg.outputs.stac import MapFacts, write_item
 from s2seg.outputs.zarr import open_stored, pieces
 from s2seg.pipeline.plan import Plan
+from s2seg.progress import Steps
 from s2seg.sources.clip import inside, needs_clip
 from s2seg.sources.composite import composite, per_date
 from s2seg.sources.items import sensing_time
@@ -98,7 +99,7 @@ def _picture_pixels(plan: Plan) -> int:
     return _SMALL_PICTURE_PIXELS if plan.options.dates_apart else _PICTURE_PIXELS
 
 
-def write_products(plan: Plan, staged: Path, scene: xr.DataArray, report: Callable[[int, int], None]) -> list[Product]:
+def write_products(plan: Plan, staged: Path, scene: xr.DataArray, report: Steps) -> list[Product]:
     """COG and STAC item of each stored map, and the picture, which is drawn while the COGs are written.
 
     Parameters
@@ -185,7 +186,7 @@ def _inside(plan: Plan, geobox: GeoBox) -> npt.NDArray[np.bool_]:
 
 
 def _survey(maps: xr.DataArray, pixels: int) -> tuple[npt.NDArray[np.int64], xr.DataArray]:
-    """Pixels of each code in each map, (date, 256), and the maps with at most ``pixels`` on a side, from one reading."""
+    """Pixels of each code in each map, (date, 256), and the maps with ``pixels`` on a side at most; reads them once."""
     thumb = thumbnail(maps, pixels)
     step = stride(maps.sizes["y"], maps.sizes["x"], pixels)
     down, across = (np.arange(maps.sizes[dim])[step // 2 :: step] for dim in ("y", "x"))

@@ -1,11 +1,11 @@
-"""One area from catalog to map: the stage calls, in order. What the CLI and the jobs call."""
+"""One area from catalog to map: the stage calls, in order. What the CLI calls."""
 
 from __future__ import annotations
 
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from s2seg.pipeline.fingerprint import fingerprint
 from s2seg.pipeline.folder import QUICKLOOK, RUN, ZARR, check_up_to_date, finished_run, publish, staging
 from s2seg.pipeline.plan import MapOptions, Plan, plan_area
 from s2seg.pipeline.products import Product, describe_run, read_picture, write_products
-from s2seg.progress import Progress, silent
+from s2seg.progress import Progress, Steps, silent
 from s2seg.sources.catalogs import Catalog, resolve_catalog
 from s2seg.sources.radiometry import decide_offsets
 
@@ -207,7 +207,7 @@ def _noted_warnings() -> Iterator[list[str]]:
         yield notes
 
 
-def _noting_the_start(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+def _noting_the_start(report: Steps) -> Steps:
     """Say so if the first report is not of nothing."""
     told = False
 
