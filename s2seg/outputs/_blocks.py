@@ -98,8 +98,9 @@ def compute(blocks: da.Array, tile: tuple[int, int], ledger: Ledger, on_progress
     client = current_client()
     if client is None:
         for part, indices in tiles:
-            with _counting(indices, step):
-                part.persist()  # compute would rename the key of a single block
+            # handed over: those that are active belong to whichever thread computes first, as one does for the picture;
+            # not compute, which would rename the key of a single block
+            part.persist(callbacks=[*Callback.active, _counting(indices, step)])
     else:
         _compute_on_cluster(client, tiles, step)
 
@@ -126,9 +127,10 @@ def _tiles(blocks: da.Array, tile: tuple[int, int], ledger: Ledger) -> Iterator[
             yield part, {key: tuple(np.add(first, key[1:]).tolist()) for key in keys}
 
 
-def _counting(indices: Mapping[Any, Index], step: Callable[[Index], None]) -> Callback:
+def _counting(indices: Mapping[Any, Index], step: Callable[[Index], None]) -> tuple[Any, ...]:
     """Call ``step`` for each finished block of an array under one of dask's local schedulers."""
-    return Callback(posttask=lambda key, *_: step(indices[key]) if key in indices else None)
+    counting = Callback(posttask=lambda key, *_: step(indices[key]) if key in indices else None)
+    return cast(tuple[Any, ...], counting._callback)
 
 
 def _compute_on_cluster(client: Any, tiles: Iterator[_Tile], step: Callable[[Index], None]) -> None:

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import dask
@@ -225,6 +226,17 @@ def test_progress_counts_blocks(tmp_path, legend, make_prediction):
     write_zarr(
         make_prediction(legend), tmp_path / "m.zarr", tile=(128, 128), on_progress=lambda *step: seen.append(step)
     )
+    assert seen == [(i, 12) for i in range(13)]
+
+
+def test_blocks_are_counted_while_another_thread_computes(tmp_path, legend, make_prediction):
+    begun, over, seen = threading.Event(), threading.Event(), []
+    other = threading.Thread(target=dask.delayed(lambda: (begun.set(), over.wait(60)))().compute)
+    other.start()
+    assert begun.wait(60)
+    write_zarr(make_prediction(legend), tmp_path / "m.zarr", on_progress=lambda *step: seen.append(step))
+    over.set()
+    other.join()
     assert seen == [(i, 12) for i in range(13)]
 
 
