@@ -13,7 +13,7 @@ from s2seg.models import import_onnx, open_session, save_bundle
 from s2seg.models.runtimes import LAYERS
 from s2seg.models.runtimes.batching import MeasuredBatches, fastest_batch
 from s2seg.models.runtimes.lanes import CudaLane, HostLane, Lanes
-from s2seg.models.runtimes.pytorch import TorchSession
+from s2seg.models.runtimes.pytorch import TorchSession, lacks_memory
 from tests.models.conftest import smooth_pixels
 from tests.models.test_runtimes import assert_layers_agree
 
@@ -125,6 +125,24 @@ def test_a_session_measures_itself(session, cache, monkeypatch):
     assert seen[:4] == [1] * 4, "a first run, which is not counted, and three"
     assert session._seconds(4, 64, 64) > 0
     assert session._seconds(8, 64, 64) is None
+
+
+def test_a_trial_runs_in_all_lanes_at_once(session, monkeypatch):
+    session._lanes, together = Lanes([HostLane(), HostLane()]), threading.Barrier(2)
+    network, room, rows = session._network, 4, []
+
+    def run(x):
+        rows.append(len(x))
+        together.wait(timeout=20)  # passes only in pairs
+        if 2 * len(x) > room:
+            raise NO_MEMORY
+        return network(x)
+
+    monkeypatch.setattr(session, "_network", run)
+    assert fastest_batch(session._seconds, 64, 64) in (1, 2)
+    assert session._seconds(2, 64, 64) > 0
+    assert session._seconds(4, 64, 64) is None, "it would fit alone, but a map runs two"
+    assert len(rows) % 2 == 0
 
 
 @pytest.mark.parametrize(
@@ -305,9 +323,10 @@ def starve(session, pixels, monkeypatch, error=NO_MEMORY):
         NO_MEMORY,
         torch.AcceleratorError("CUDA error: out of memory"),  # of what torch's allocator does not keep
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
-    ids=["torch", "CUDA", "cuDNN", "CPU"],
+    ids=["torch", "CUDA", "cuDNN 8", "cuDNN 9", "CPU"],
 )
 def test_a_batch_that_does_not_fit_is_halved(session, monkeypatch, error):
     dn = smooth_pixels(5, n=7, side=64)
@@ -323,21 +342,61 @@ def test_a_batch_that_does_not_fit_is_halved(session, monkeypatch, error):
     assert session.batch(32, 32) == 4, "the limit is one of pixels"
 
 
-def test_a_batch_that_had_company_is_tried_alone_before_it_is_halved(session, monkeypatch):
-    dn, log = smooth_pixels(5, n=2, side=64), []
+def test_a_batch_that_has_company_is_halved_before_the_company_is_given_up(session, monkeypatch):
+    dn, log = smooth_pixels(5, n=3, side=64), []
     session._lanes = Lanes([RecordingLane(log), RecordingLane(log)])
-    network, fail = session._network, iter([True, False])
+    seen, network, fail = [], session._network, iter([True, True, False, False, False])
 
     def run(x):
+        seen.append((len(x), session.parallel))
         if next(fail):
             raise torch.OutOfMemoryError("the other batch has it")
         return network(x)
 
-    assert session.parallel == 2
     monkeypatch.setattr(session, "_network", run)
-    assert session.classify(dn, 8, CLASS)["class"].shape == (2, 48, 48)
-    assert session.parallel == 1
-    assert [entry[1][0] for entry in log if entry[0] == "upload"] == [2, 2], "the same batch again"
+    assert session.classify(dn, 8, CLASS)["class"].shape == (3, 48, 48)
+    assert seen == [(3, 2), (1, 2), (1, 1), (1, 1), (1, 1)]
+
+
+def test_what_a_failure_held_is_given_back(session, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    starve(session, 2 * 64 * 64, monkeypatch)
+    assert session._seconds(4, 64, 64) is None
+    assert emptied == [True]
+    session.classify(smooth_pixels(5, n=4, side=64), 8, CLASS)
+    assert emptied == [True, True]
+
+
+ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
+INTERNAL = RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+
+
+@pytest.mark.parametrize("error", [ENGINE, INTERNAL], ids=["engine", "internal"])
+def test_what_may_be_short_memory_is_taken_for_it_while_less_can_be_tried(session, monkeypatch, error):
+    dn = smooth_pixels(5, n=4, side=64)
+    with monkeypatch.context() as starved:
+        seen = starve(session, 2 * 64 * 64, starved, error)
+        session.classify(dn, 8, CLASS)
+        assert seen == [4, 2, 2]
+    starve(session, 10, monkeypatch, error)
+    session._lanes = Lanes([HostLane(), HostLane()])
+    with pytest.raises(RuntimeError, match=str(error)):
+        session.classify(dn, 8, CLASS)
+    assert session.parallel == 1, "alone it failed as well, so it was not the memory"
+
+
+def test_short_memory_is_seen_behind_another_error():
+    def compile_it(cause):
+        try:
+            raise cause
+        except RuntimeError as error:
+            raise RuntimeError("it does not compile") from error
+
+    for cause, short in ((NO_MEMORY, True), (RuntimeError("an operator that nobody knows"), False)):
+        with pytest.raises(RuntimeError) as caught:
+            compile_it(cause)
+        assert lacks_memory(caught.value) == short
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ GAIN = 1.05
 """How much faster twice as many windows must be to be worth their memory."""
 
 Seconds = Callable[[int, int, int], float | None]
-"""What (windows, height, width) take; None where the device has no memory for them."""
+"""What (windows, height, width) take, on all lanes of the device at once; None where it has no memory for them."""
 
 
 def batch_for_caches(height: int, width: int) -> int:
@@ -58,7 +58,8 @@ class MeasuredBatches:
     sha256
         Digest of the model.
     conditions
-        All else that a figure depends on: the device's name, the library's version and the precision.
+        All else that a figure depends on: the device's name, the library's version, the precision, and how many batches
+        run at once.
     seconds
         Measures one trial.
     """

@@ -7,7 +7,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,8 +32,11 @@ _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float
 _FLOAT, _CHECK = "float", "check"
 _BROKEN = "the network answers with NaN or infinity: its weights or scaling are broken"
 _NARROW = ", or its numbers are too large for float16: use precision 'bfloat16'"
-_NO_MEMORY = re.compile(r"out of memory|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out of memory|_ALLOC(ATION)?_FAILED|can't allocate memory", re.IGNORECASE)
 """How CUDA, its libraries and a processor's allocator say what torch's own allocator for GPUs says by its type."""
+
+_PERHAPS_NO_MEMORY = re.compile(r"unable to find an engine|CUDNN_STATUS_INTERNAL_ERROR", re.IGNORECASE)
+"""What cuDNN says where it lacks memory for its work or its kernels, but also where it does not run at all."""
 
 _REPEATS = 3
 _LISTED = 3  # names of layers in an error: enough to see the pattern
@@ -127,7 +131,7 @@ class TorchSession:
         self._batches: Callable[[int, int], int] = batch_for_caches
         if self._device.type == "cuda":
             card = torch.cuda.get_device_name(self._device)
-            conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}"
+            conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}, {self._lanes.count} at once"
             self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
 
     def _prepare(self, precision: str) -> None:
@@ -162,27 +166,33 @@ class TorchSession:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _in_batches(self, windows: npt.NDArray[np.uint16], answer: Callable[[npt.NDArray[np.uint16]], T]) -> list[T]:
-        """Answer as many windows at a time as the device has memory for; what it lacked once is not tried again."""
+        """Answer as many windows at a time as the device has memory for; what it lacked once is not tried again.
+
+        Batches are halved first: two small ones at once are faster than a large one alone.
+        """
         height, width = windows.shape[-2:]
         parts: list[T] = []
         done = 0
         while done < len(windows):
             batch = windows[done : done + self._room(height, width)]
-            alone = self._lanes.count == 1
+            shared = self._lanes.count > 1
+            lacking = None
             try:
                 parts.append(answer(batch))
             except RuntimeError as error:
-                if not _lacks_memory(error):
+                if not lacks_memory(error, perhaps=shared or len(batch) > 1):
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold what was computed until then
-                if not alone:
-                    self._lanes.narrow()
-                elif len(batch) == 1:
-                    raise self._too_large(batch) from error
-                else:
-                    self._most_pixels = min(self._most_pixels, len(batch) // 2 * height * width)
-            else:
+                lacking = error
+            if lacking is None:
                 done += len(batch)
+                continue
+            _release(lacking)
+            if len(batch) > 1:
+                self._most_pixels = min(self._most_pixels, len(batch) // 2 * height * width)
+            elif shared:
+                self._lanes.narrow()
+            else:
+                raise self._too_large(batch) from lacking
         return parts
 
     def _room(self, height: int, width: int) -> int:
@@ -190,18 +200,24 @@ class TorchSession:
         return max(1, self._most_pixels // (height * width))
 
     def _seconds(self, count: int, height: int, width: int) -> float | None:
-        """Median time of so many windows, numbers in, classes out; None where the device has no memory for them."""
+        """Median time of so many windows in each lane at once, as a map runs them: numbers in, classes out.
+
+        None where the device has no memory for them.
+        """
         # not zeros: a GPU that multiplies nothing but zeros stays cool, and clocks higher
         noise = np.random.default_rng(0).integers(1, 5000, (count, self._bands, height, width), np.uint16)
-        seconds = []
+        lanes, seconds = self._lanes.count, []
         try:
-            for _ in range(1 + _REPEATS):
-                start = time.perf_counter()
-                self._run_as_a_map_does(noise)
-                seconds.append(time.perf_counter() - start)
+            with ThreadPoolExecutor(lanes) as threads:
+                for _ in range(1 + _REPEATS):
+                    start = time.perf_counter()
+                    for run in [threads.submit(self._run_as_a_map_does, noise) for _ in range(lanes)]:
+                        run.result()
+                    seconds.append(time.perf_counter() - start)
         except RuntimeError as error:
-            if not _lacks_memory(error):
+            if not lacks_memory(error, perhaps=lanes > 1 or count > 1):
                 raise
+            _release(error)
             return None
         return statistics.median(seconds[1:])  # the first prepares what the others use
 
@@ -220,7 +236,7 @@ class TorchSession:
             try:
                 self._probabilities(window[:, :, :side, :side])
             except RuntimeError as error:
-                if not _lacks_memory(error):
+                if not lacks_memory(error):
                     raise
                 continue
             advice = f"one of {side} x {side} px fits: set core to {side} less twice the model's depth, or smaller"
@@ -279,8 +295,39 @@ class TorchSession:
         return middle(scores, (height - 2 * crop, width - 2 * crop)).float()
 
 
-def _lacks_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(_NO_MEMORY.search(str(error)))
+def lacks_memory(error: BaseException, *, perhaps: bool = False) -> bool:
+    """Whether an error, or what led to it, says that memory is short.
+
+    Parameters
+    ----------
+    error
+        What a network raised.
+    perhaps
+        Whether to count what can also mean that cuDNN is broken: where less can be tried, that shows which it was.
+    """
+    return any(
+        isinstance(cause, torch.OutOfMemoryError)
+        or _NO_MEMORY.search(str(cause))
+        or (perhaps and _PERHAPS_NO_MEMORY.search(str(cause)))
+        for cause in _causes(error)
+    )
+
+
+def _release(error: BaseException) -> None:
+    """Let go of what was computed until an error, and of what torch keeps of it on a GPU: CUDA's libraries need it."""
+    for cause in _causes(error):
+        traceback.clear_frames(cause.__traceback__)
+    torch.cuda.empty_cache()  # nothing happens where no GPU is in use
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that led to it."""
+    cause: BaseException | None = error
+    seen: list[BaseException] = []
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _quantize(values: torch.Tensor, steps: int) -> torch.Tensor:
