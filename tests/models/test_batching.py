@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from s2seg.errors import ModelError
+from s2seg.inference import chunks_for
 from s2seg.models import import_onnx, open_session, save_bundle
 from s2seg.models.runtimes import LAYERS
 from s2seg.models.runtimes.batching import MeasuredBatches, fastest_batch
 from s2seg.models.runtimes.lanes import CudaLane, HostLane, Lanes
 from s2seg.models.runtimes.pytorch import TorchSession, lacks_memory
+from s2seg.models.runtimes.tuning import largest_image
 from tests.models.conftest import smooth_pixels
 from tests.models.test_runtimes import assert_layers_agree
 
@@ -400,12 +402,68 @@ def test_short_memory_is_seen_behind_another_error():
 
 
 @pytest.mark.parametrize(
-    ("room", "advice"), [(64 * 64, "one of 64 x 64 px fits"), (10, "not even its smallest window fits")]
+    ("room", "advice"),
+    [
+        (448 * 448, "one of 448 x 448 px fits: use --core 256"),
+        (479 * 479, "one of 448 x 448 px fits: use --core 256"),
+        (288 * 288, "one of 288 x 288 px fits: use --core 96"),
+        (287 * 287, "not even that of the smallest core, 96, fits: use a machine with more memory"),
+    ],
 )
-def test_a_window_that_does_not_fit_is_named_with_one_that_would(session, monkeypatch, room, advice):
-    starve(session, room, monkeypatch)
-    with pytest.raises(ModelError, match=rf"cpu has no memory for a window of 256 x 256 px; {advice}"):
-        session.classify(smooth_pixels(5, n=2, side=256), 8, ALL)
+def test_a_window_that_does_not_fit_is_named_with_a_core_that_would(bundle, session, monkeypatch, room, advice):
+    asked = []
+
+    def run(x):
+        if x[:, 0].numel() > room:
+            raise NO_MEMORY
+        asked.append(x.shape[2:])
+        return x.new_zeros(len(x), 3, *(n - 2 * 88 for n in x.shape[2:]))
+
+    monkeypatch.setattr(session, "_trimmed", run)
+    with pytest.raises(ModelError, match=rf"cpu has no memory for a window of 512 x 512 px; {advice}$"):
+        session.classify(smooth_pixels(5, n=2, side=512), 96, ALL)
+    if asked:
+        core = max(asked)[0] - 2 * 96
+        assert chunks_for(bundle, core).window == max(asked), "and the map asks for the same"
+
+
+def test_a_window_of_one_size_that_does_not_fit_is_told_so(other_spec, network, tmp_path, monkeypatch):
+    bundle = save_bundle(tmp_path, other_spec(global_context=True), network.state_dict())
+    session = TorchSession(bundle, "cpu", "float32")
+    starve(session, 10, monkeypatch)
+    monkeypatch.setattr(session, "_trimmed", session._network)
+    says = "have one size, whatever the core: use a machine with more memory, or a model with smaller windows$"
+    with pytest.raises(ModelError, match=says):
+        session.probabilities(smooth_pixels(5, side=64))
+    session._device = torch.device("cuda")
+    assert "whatever the core: use device 'cpu', or" in session._advice(0)
+
+
+def test_batches_stay_below_what_torchs_kernels_count(session, monkeypatch):
+    session._limit = session._most_pixels = 3 * 64 * 64
+    dn, seen = smooth_pixels(5, n=7, side=64), starve(session, 7 * 64 * 64, monkeypatch)
+    session.classify(dn, 8, CLASS)
+    assert seen == [3, 3, 1]
+    assert session._seconds(4, 64, 64) is None
+    session._limit = 288 * 288
+    with pytest.raises(ModelError, match=r"cannot count the numbers of a window of 320 x 320 px; .* use --core 96$"):
+        session.classify(smooth_pixels(5, side=320), 96, CLASS)
+
+
+def test_the_largest_image_counts_what_is_enlarged_and_joined(network):
+    coarse, fine = torch.nn.Conv2d(4, 8, 2, stride=2), torch.nn.Conv2d(4, 5, 1)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.coarse, self.fine, self.head = coarse, fine, torch.nn.Conv2d(13, 3, 1)
+
+        def forward(self, x):
+            enlarged = torch.nn.functional.interpolate(self.coarse(x), scale_factor=2)
+            return self.head(torch.cat([enlarged, self.fine(x)], dim=1))
+
+    assert largest_image(Net().eval(), 4) == 13
+    assert largest_image(network, 4) >= 16
 
 
 def test_any_other_error_is_raised_and_leaves_the_lane_free(session, monkeypatch):

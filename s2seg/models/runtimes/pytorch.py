@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
 import statistics
 import sys
@@ -24,7 +26,7 @@ from s2seg.models.runtimes.batching import MeasuredBatches, batch_for_caches
 from s2seg.models.runtimes.lanes import lanes_for
 from s2seg.models.runtimes.seams import warn_of_seams
 from s2seg.models.runtimes.trimming import middle, trim_decoder
-from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling, trial_side
+from s2seg.models.runtimes.tuning import fold_batch_norm, largest_image, merge_upsampling, trial_side
 from s2seg.models.unet import build_network, pools_globally
 
 T = TypeVar("T")
@@ -37,6 +39,10 @@ _NO_MEMORY = re.compile(r"out of memory|_ALLOC(ATION)?_FAILED|can't allocate mem
 
 _PERHAPS_NO_MEMORY = re.compile(r"unable to find an engine|CUDNN_STATUS_INTERNAL_ERROR", re.IGNORECASE)
 """What cuDNN says where it lacks memory for its work or its kernels, but also where it does not run at all."""
+
+_MOST_NUMBERS = 2**31 - 1
+"""In any image on a GPU: beyond, torch's kernels for channels-last images fail, and torch 2.5's and 2.6's for nearest
+upsampling leave zeros without a word (pytorch/pytorch#141831)."""
 
 _REPEATS = 3
 _LISTED = 3  # names of layers in an error: enough to see the pattern
@@ -127,12 +133,14 @@ class TorchSession:
         self._b = torch.from_numpy(b[:, None, None]).to(self._device)
         self._codes = torch.from_numpy(bundle.spec.legend.channel_to_code()).to(self._device)
         self._lanes = lanes_for(self._device)
-        self._most_pixels = sys.maxsize
+        self._limit = sys.maxsize
         self._batches: Callable[[int, int], int] = batch_for_caches
         if self._device.type == "cuda":
+            self._limit = math.floor(_MOST_NUMBERS / largest_image(self._network, self._bands, side))
             card = torch.cuda.get_device_name(self._device)
             conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}, {self._lanes.count} at once"
             self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
+        self._most_pixels = self._limit
 
     def _prepare(self, precision: str) -> None:
         """Set up what is the process's or the device's, and refuse a precision that the device lacks."""
@@ -171,6 +179,13 @@ class TorchSession:
         Batches are halved first: two small ones at once are faster than a large one alone.
         """
         height, width = windows.shape[-2:]
+        if height * width > self._limit:
+            core = (math.isqrt(self._limit) - 2 * self._depth) // self._stride * self._stride
+            raise ModelError(
+                self._path,
+                f"torch's kernels for GPUs cannot count the numbers of a window of {height} x {width} px; "
+                + self._advice(core),
+            )
         parts: list[T] = []
         done = 0
         while done < len(windows):
@@ -192,11 +207,11 @@ class TorchSession:
             elif shared:
                 self._lanes.narrow()
             else:
-                raise self._too_large(batch) from lacking
+                raise self._too_large(batch, answer) from lacking
         return parts
 
     def _room(self, height: int, width: int) -> int:
-        """Windows of this size that fit, as far as is known."""
+        """Windows of this size that fit into the memory, as far as is known, and that torch's kernels can count."""
         return max(1, self._most_pixels // (height * width))
 
     def _seconds(self, count: int, height: int, width: int) -> float | None:
@@ -206,6 +221,8 @@ class TorchSession:
         """
         # not zeros: a GPU that multiplies nothing but zeros stays cool, and clocks higher
         noise = np.random.default_rng(0).integers(1, 5000, (count, self._bands, height, width), np.uint16)
+        if count * height * width > self._limit:
+            return None
         lanes, seconds = self._lanes.count, []
         try:
             with ThreadPoolExecutor(lanes) as threads:
@@ -227,23 +244,45 @@ class TorchSession:
         else:
             self._classify(windows, self._depth if min(windows.shape[-2:]) > 2 * self._depth else 0, {"class"})
 
-    def _too_large(self, window: npt.NDArray[np.uint16]) -> ModelError:
+    def _too_large(
+        self, window: npt.NDArray[np.uint16], answer: Callable[[npt.NDArray[np.uint16]], object]
+    ) -> ModelError:
         """Find by trial what would fit, for an error that helps."""
         height, width = window.shape[-2:]
-        side = max(height, width)
-        while side > self._stride:
-            side = max(side // 2 // self._stride, 1) * self._stride
+
+        def lacks_memory_for(core: int) -> bool:
+            side = core + 2 * self._depth
             try:
-                self._probabilities(window[:, :, :side, :side])
+                answer(window[:, :, :side, :side])
             except RuntimeError as error:
-                if not lacks_memory(error):
+                if not lacks_memory(error, perhaps=True):
                     raise
-                continue
-            advice = f"one of {side} x {side} px fits: set core to {side} less twice the model's depth, or smaller"
-            break
-        else:
-            advice = "not even its smallest window fits: use device 'cpu'"
+                _release(error)
+                return True
+            return False
+
+        advice = self._advice(0)
+        if not self._blends:
+            cores = range(self._least_core, max(height, width) - 2 * self._depth, self._stride)
+            fitting = bisect.bisect_left(cores, True, key=lacks_memory_for)
+            if fitting:
+                advice = self._advice(cores[fitting - 1])
         return ModelError(self._path, f"{self._device} has no memory for a window of {height} x {width} px; {advice}")
+
+    @property
+    def _least_core(self) -> int:
+        """Of a trimmed block: what :func:`s2seg.inference.chunks_for` rounds smaller ones up to."""
+        return max(self._depth, self._stride)
+
+    def _advice(self, core: int) -> str:
+        """Say how to go on where a window is too large; the largest ``core`` that would do counts if there is one."""
+        elsewhere = "use a machine with more memory" if self._device.type == "cpu" else "use device 'cpu'"
+        if self._blends:
+            return f"its windows have one size, whatever the core: {elsewhere}, or a model with smaller windows"
+        if core < self._least_core:
+            return f"not even that of the smallest core, {self._least_core}, fits: {elsewhere}"
+        side = core + 2 * self._depth
+        return f"one of {side} x {side} px fits: use --core {core}"
 
     def _classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
