@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from distributed import Client, Scheduler, SpecCluster, Worker, get_worker
 
+from s2seg import inference
 from s2seg.inference import predict
-from s2seg.models.runtimes import expected_session, onnxrt, open_session
+from s2seg.models.runtimes import SessionRef, expected_session, onnxrt, open_session
 from s2seg.outputs.zarr import read_land_cover, write_zarr
 from s2seg.pipeline import run
 from s2seg.testing import SyntheticRegion
@@ -75,6 +76,20 @@ def test_a_map_on_a_cluster_opens_the_network_on_a_worker(
         record = run.map_area(synthetic.catalog, synthetic.bbox, "2021", model, tmp_path / "out").record
     assert opened_by == ["worker"]
     assert record["model"]["session"] == " ".join(expected_session(model))
+
+
+class Cluster:
+    """A client of many workers, the last of which has a GPU; tells of five where it is not asked for all."""
+
+    def scheduler_info(self, n_workers: int = 5) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+        workers = {f"io-{i}": {"resources": {}} for i in range(7)} | {"gpu": {"resources": {"GPU": 1}}}
+        return {"workers": dict(list(workers.items())[: len(workers) if n_workers == -1 else n_workers])}
+
+
+def test_a_gpu_is_found_behind_any_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "current_client", Cluster)
+    with inference.gpu_annotations(SessionRef("model", "0" * 64)):
+        assert dask.get_annotations() == {"resources": {"GPU": 1}}
 
 
 @pytest.mark.parametrize("parallel", [1, 2])

@@ -1,4 +1,7 @@
-"""How many windows a network takes at once: few on a processor, on a GPU as many as make it faster, found by trial."""
+"""How many windows a network takes at once: few on a processor, on a GPU as many as make it faster, found by trial.
+
+That serves blended models, and blocks that hold several windows. A trimmed block is one window, and nothing is tried.
+"""
 
 from __future__ import annotations
 
