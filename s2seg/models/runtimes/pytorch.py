@@ -41,8 +41,8 @@ _PERHAPS_NO_MEMORY = re.compile(r"unable to find an engine|CUDNN_STATUS_INTERNAL
 """What cuDNN says where it lacks memory for its work or its kernels, but also where it does not run at all."""
 
 _MOST_NUMBERS = 2**31 - 1
-"""In any image on a GPU: beyond, torch's kernels for channels-last images fail, and torch 2.5's and 2.6's for nearest
-upsampling leave zeros without a word (pytorch/pytorch#141831)."""
+"""In any image on a GPU: beyond, torch's kernels for channels-last images fail, and in some versions the one for nearest
+upsampling leaves zeros without a word."""
 
 _REPEATS = 3
 _LISTED = 3  # names of layers in an error: enough to see the pattern
