@@ -439,6 +439,19 @@ def test_a_window_of_one_size_that_does_not_fit_is_told_so(other_spec, network, 
     assert "whatever the core: use device 'cpu', or" in session._advice(0)
 
 
+def test_a_gpu_measures_for_its_lanes_and_knows_what_its_kernels_count(bundle, session, cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    monkeypatch.setattr(session, "_seconds", lambda count, *size: float(count))
+    for lanes in (1, 2):
+        session._lanes = Lanes([HostLane()] * lanes)
+        session._suit_a_gpu(bundle, "bfloat16")
+        assert session.batch(64, 64) == 1
+    assert session._limit == (2**31 - 1) // largest_image(session._network, 4)
+    (notes,) = cache.iterdir()
+    card = f"A Card, torch {torch.__version__}, bfloat16"
+    assert set(json.loads(notes.read_text())) == {f"{card}, 1 at once", f"{card}, 2 at once"}
+
+
 def test_batches_stay_below_what_torchs_kernels_count(session, monkeypatch):
     session._limit = session._most_pixels = 3 * 64 * 64
     dn, seen = smooth_pixels(5, n=7, side=64), starve(session, 7 * 64 * 64, monkeypatch)

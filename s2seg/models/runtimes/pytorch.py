@@ -41,8 +41,8 @@ _PERHAPS_NO_MEMORY = re.compile(r"unable to find an engine|CUDNN_STATUS_INTERNAL
 """What cuDNN says where it lacks memory for its work or its kernels, but also where it does not run at all."""
 
 _MOST_NUMBERS = 2**31 - 1
-"""In any image on a GPU: beyond, torch's kernels for channels-last images fail, and in some versions the one for nearest
-upsampling leaves zeros without a word."""
+"""In any image on a GPU: beyond, torch's kernels for channels-last images fail, and in some versions the one for
+nearest upsampling leaves zeros without a word."""
 
 _REPEATS = 3
 _LISTED = 3  # names of layers in an error: enough to see the pattern
@@ -133,14 +133,18 @@ class TorchSession:
         self._b = torch.from_numpy(b[:, None, None]).to(self._device)
         self._codes = torch.from_numpy(bundle.spec.legend.channel_to_code()).to(self._device)
         self._lanes = lanes_for(self._device)
-        self._limit = sys.maxsize
         self._batches: Callable[[int, int], int] = batch_for_caches
+        self._limit = self._most_pixels = sys.maxsize
         if self._device.type == "cuda":
-            self._limit = math.floor(_MOST_NUMBERS / largest_image(self._network, self._bands, side))
-            card = torch.cuda.get_device_name(self._device)
-            conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}, {self._lanes.count} at once"
-            self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
-        self._most_pixels = self._limit
+            self._suit_a_gpu(bundle, precision)
+
+    def _suit_a_gpu(self, bundle: ModelBundle, precision: str) -> None:
+        """Take as many windows at once as make it faster, and as torch's kernels can count."""
+        card = torch.cuda.get_device_name(self._device)
+        conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}, {self._lanes.count} at once"
+        self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
+        numbers = largest_image(self._network, self._bands, trial_side(bundle.spec))
+        self._limit = self._most_pixels = math.floor(_MOST_NUMBERS / numbers)
 
     def _prepare(self, precision: str) -> None:
         """Set up what is the process's or the device's, and refuse a precision that the device lacks."""
@@ -219,10 +223,10 @@ class TorchSession:
 
         None where the device has no memory for them.
         """
-        # not zeros: a GPU that multiplies nothing but zeros stays cool, and clocks higher
-        noise = np.random.default_rng(0).integers(1, 5000, (count, self._bands, height, width), np.uint16)
         if count * height * width > self._limit:
             return None
+        # not zeros: a GPU that multiplies nothing but zeros stays cool, and clocks higher
+        noise = np.random.default_rng(0).integers(1, 5000, (count, self._bands, height, width), np.uint16)
         lanes, seconds = self._lanes.count, []
         try:
             with ThreadPoolExecutor(lanes) as threads:
