@@ -277,17 +277,16 @@ def tune_command(
     """
     _needs("pydantic", "sklearn", "pytorch_lightning")
     from s2seg.training.config import load_config
-    from s2seg.training.fit import Progress as FitProgress
+    from s2seg.training.history import Standing
     from s2seg.training.run import chips_path, prepare
     from s2seg.training.tune import tune
 
     loaded = load_config(config, settings or [])
     with _progress() as report:
 
-        def step(number: int, progress: FitProgress) -> None:
-            if progress.row is None:  # the end of an epoch was told with its last batch
-                done = (progress.epoch - 1) * progress.steps + progress.step
-                report(f"trial {number}", done, progress.epochs * progress.steps)
+        def step(number: int, standing: Standing) -> None:
+            if standing.row is None:  # the end of an epoch was told with its last batch
+                report(f"trial {number}", standing.done, standing.total)
 
         result = tune(
             loaded,

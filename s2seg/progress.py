@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done, and the total."""
+Steps = Callable[[int, int], None]
+"""Called with what is done of one stage, and the total."""
 
 
 def silent(*_: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +15,10 @@ from dask.core import flatten
 
 from s2seg.errors import InputError
 from s2seg.legend import Legend
+from s2seg.progress import Steps
 
 Codes = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
-Progress = Callable[[int, int], None]
 
 _SAME_PLACE = 0.01  # pixels by which the coordinates of two grids may differ through rounding
 
@@ -126,7 +125,7 @@ def confusion_of(
     legend: Legend,
     *,
     where: xr.DataArray | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Steps | None = None,
 ) -> Confusion:
     """Count the pixels of two lazy maps block by block; memory does not grow with the area.
 
@@ -251,7 +250,7 @@ def _lazy(data: xr.DataArray) -> xr.DataArray:
     return data if data.chunks is not None else data.chunk()
 
 
-def _compute(blocks: da.Array, on_progress: Progress | None) -> Counts:
+def _compute(blocks: da.Array, on_progress: Steps | None) -> Counts:
     total, done = blocks.npartitions, 0
     keys = set(flatten(blocks.__dask_keys__()))
 

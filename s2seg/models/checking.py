@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.export import check_chips, synthetic_pixels
 from s2seg.models.runtimes import COMPILED, Session, available_runtimes, open_session
+from s2seg.progress import Steps
 
 _SIDE, _REPEATS = 512, 3
 _CLASS = frozenset({"class"})
@@ -53,7 +53,7 @@ def reference(bundle: ModelBundle) -> str:
 def check_runtimes(
     bundle: ModelBundle,
     chips: npt.NDArray[np.uint16] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Steps | None = None,
 ) -> list[RuntimeCheck]:
     """Run a model on the same pixels with every installed runtime that reads it, in float32 and bfloat16.
 

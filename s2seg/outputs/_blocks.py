@@ -15,9 +15,7 @@ from dask.core import flatten
 
 from s2seg.client import current_client
 from s2seg.outputs._files import writing
-
-Progress = Callable[[int, int], None]
-"""Called with the blocks that are done, and all of them."""
+from s2seg.progress import Steps
 
 Index = tuple[int, ...]
 
@@ -71,7 +69,7 @@ def _line(index: Iterable[int]) -> str:
     return " ".join(map(str, index)) + "\n"
 
 
-def compute(blocks: da.Array, tile: tuple[int, int], ledger: Ledger, on_progress: Progress | None = None) -> None:
+def compute(blocks: da.Array, tile: tuple[int, int], ledger: Ledger, on_progress: Steps | None = None) -> None:
     """Compute every block that the ledger lacks, for what its task does, and enter it.
 
     Parameters
@@ -84,7 +82,7 @@ def compute(blocks: da.Array, tile: tuple[int, int], ledger: Ledger, on_progress
     ledger
         Of ``blocks.numblocks``.
     on_progress
-        Called once at the start, and with each block that is done.
+        Called with (done, total) blocks, once at the start, and with each block that is done.
     """
 
     def step(index: Index) -> None:

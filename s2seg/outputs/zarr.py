@@ -24,7 +24,7 @@ from zarr.codecs import ZstdCodec
 
 from s2seg.errors import InputError, OutputError
 from s2seg.legend import Legend
-from s2seg.outputs._blocks import Ledger, Progress, compute
+from s2seg.outputs._blocks import Ledger, compute
 from s2seg.outputs._files import (
     check_writable,
     existing_parent,
@@ -34,6 +34,7 @@ from s2seg.outputs._files import (
     replacing,
     writing,
 )  # fmt: skip
+from s2seg.progress import Steps
 
 __all__ = ["check_writable", "open_stored", "pieces", "read_land_cover", "write_zarr"]
 
@@ -73,7 +74,7 @@ def write_zarr(
     attrs: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     fingerprint: str | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Steps | None = None,
 ) -> Path | str:
     """Compute a lazy prediction and store it as it comes.
 
@@ -280,7 +281,7 @@ def _write(
     tile: tuple[int, int],
     ledger: Ledger,
     attrs: Mapping[str, Any],
-    on_progress: Progress | None,
+    on_progress: Steps | None,
 ) -> None:
     if not ledger.done.any():
         with writing(label):

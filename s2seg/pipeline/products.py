@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ from s2seg.outputs.quicklook import stride, thumbnail, write_quicklook, write_qu
 from s2seg.outputs.stac import MapFacts, write_item
 from s2seg.outputs.zarr import open_stored, pieces
 from s2seg.pipeline.plan import Plan
+from s2seg.progress import Steps
 from s2seg.sources.clip import inside, needs_clip
 from s2seg.sources.composite import composite, per_date
 from s2seg.sources.items import sensing_time
 from s2seg.sources.radiometry import Offset
 from s2seg.sources.stack import stack
 
-_PICTURE_PIXELS = 1000
-"""The quicklook's maps have at most this many pixels on a side."""
+_PICTURE_PIXELS, _SMALL_PICTURE_PIXELS = 1000, 520
+"""The quicklook's map, and each of its maps where there are several, has at most this many pixels on a side."""
 
 _EQUAL_AREA = 1.01
 """How much the areal scale of a projection may vary within a map that is told in square kilometres."""
@@ -43,7 +45,7 @@ _EQUAL_AREA = 1.01
 _COUNTED_ROWS = 64
 """Rows that are counted at once: NumPy makes eight bytes of each pixel to count it, and these stay in the cache."""
 
-_VERSIONS = ("s2seg", "dask", "numpy", "odc-geo", "pystac-client", "rasterio", "stackstac", "xarray", "zarr")
+_PACKAGES = ("s2seg", "dask", "numpy", "odc-geo", "pystac-client", "rasterio", "stackstac", "xarray", "zarr")
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,59 @@ class Product:
     counts: npt.NDArray[np.int64]
 
 
-def write_products(
-    plan: Plan, staged: Path, offsets: Mapping[str, Offset], report: Callable[[int, int], None]
-) -> list[Product]:
-    """COG and STAC item of each stored map, and the picture, which is read and drawn while the COGs are written."""
+def read_picture(plan: Plan, offsets: Mapping[str, Offset]) -> xr.DataArray:
+    """Read the scene in true colour at a coarse resolution, through the overviews.
+
+    Parameters
+    ----------
+    plan, offsets
+        What is mapped, and the radiometric offsets by item id.
+
+    Returns
+    -------
+    DataArray
+        (band, y, x) uint16, or (time, band, y, x) in ``per-date`` mode, in memory, for :func:`write_products`.
+    """
+    factor = max(1, -(-max(plan.geobox.shape) // _picture_pixels(plan)))
+    height, width = plan.geobox.shape
+    coarse = GeoBox(
+        (-(-height // factor), -(-width // factor)), plan.geobox.affine @ Affine.scale(factor), plan.geobox.crs
+    )
+    present = {band for item in plan.items for band in item.assets}
+    colors = [b for b in ("red", "green", "blue") if b in present]
+    bands = colors if len(colors) == 3 else list(plan.bands)[:3]
+    masked = ["scl"] if "scl" in plan.bands else []
+    pixels = stack(plan.items, coarse, [*bands, *masked], resampling=plan.options.resampling, offsets=offsets)
+    if plan.options.composite == "per-date":
+        return per_date(pixels).compute()
+    return composite(
+        pixels, replace(plan.options.composite, dilate=0.0) if not masked else plan.options.composite
+    ).compute()
+
+
+def _picture_pixels(plan: Plan) -> int:
+    return _SMALL_PICTURE_PIXELS if plan.options.dates_apart else _PICTURE_PIXELS
+
+
+def write_products(plan: Plan, staged: Path, scene: xr.DataArray, report: Steps) -> list[Product]:
+    """COG and STAC item of each stored map, and the picture, which is drawn while the COGs are written.
+
+    Parameters
+    ----------
+    plan
+        What has been mapped.
+    staged
+        Folder that holds the Zarr, and gets all else.
+    scene
+        From :func:`read_picture`.
+    report
+        Called with (done, total) maps.
+    """
     maps = open_stored(staged / "land_cover.zarr").land_cover
     dates = _dates(plan, maps)
     names: list[tuple[str, str]] = []
     with ThreadPoolExecutor(1) as aside:
-        counting = aside.submit(_write_picture, plan, maps, dates, offsets, staged / "quicklook.png")
+        counting = aside.submit(_write_picture, plan, maps, dates, scene, staged / "quicklook.png")
         for done, (label, items) in enumerate(dates):
             report(done, len(dates))
             names.append(_write_map(plan, maps, done, label, items, staged))
@@ -97,7 +143,7 @@ def _write_map(
         source_items=items,
         model={"name": plan.model.spec.name, "sha256": plan.model.sha256},
         created=datetime.now(UTC),
-        version=importlib.metadata.version("s2seg"),
+        version=_versions()["s2seg"],
     )
     files = {"land_cover": cog, "zarr": "land_cover.zarr", "quicklook": "quicklook.png"}
     write_item(staged / item, facts, {key: staged / name for key, name in files.items()})
@@ -108,12 +154,11 @@ def _write_picture(
     plan: Plan,
     maps: xr.DataArray,
     dates: list[tuple[str, list[pystac.Item]]],
-    offsets: Mapping[str, Offset],
+    scene: xr.DataArray,
     path: Path,
 ) -> npt.NDArray[np.int64]:
     """Draw the quicklook; returns the pixels of each code in each map, (date, 256), which the same reading counts."""
-    scene = _picture(plan, offsets)
-    counts, small = _survey(maps)
+    counts, small = _survey(maps, _picture_pixels(plan))
     within = None
     if needs_clip(plan.aoi):
         within = _inside(plan, small.odc.geobox)
@@ -140,10 +185,10 @@ def _inside(plan: Plan, geobox: GeoBox) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def _survey(maps: xr.DataArray) -> tuple[npt.NDArray[np.int64], xr.DataArray]:
-    """Pixels of each code in each map, (date, 256), and the maps as the picture shows them, from one reading."""
-    thumb = thumbnail(maps, _PICTURE_PIXELS)
-    step = stride(maps.sizes["y"], maps.sizes["x"], _PICTURE_PIXELS)
+def _survey(maps: xr.DataArray, pixels: int) -> tuple[npt.NDArray[np.int64], xr.DataArray]:
+    """Pixels of each code in each map, (date, 256), and the maps with ``pixels`` on a side at most; reads them once."""
+    thumb = thumbnail(maps, pixels)
+    step = stride(maps.sizes["y"], maps.sizes["x"], pixels)
     down, across = (np.arange(maps.sizes[dim])[step // 2 :: step] for dim in ("y", "x"))
     layers = [maps] if maps.ndim == 2 else list(maps)
     counts, small = np.zeros((len(layers), 256), np.int64), np.empty((len(layers), *thumb.shape[-2:]), maps.dtype)
@@ -171,25 +216,6 @@ def _dates(plan: Plan, maps: xr.DataArray) -> list[tuple[str, list[pystac.Item]]
     # two platforms may pass on one day: then the time tells them apart
     labels = days if len(set(days)) == len(days) else [t.replace("-", "").replace(":", "") for t in times]
     return list(zip(labels, groups, strict=True))
-
-
-def _picture(plan: Plan, offsets: Mapping[str, Offset]) -> xr.DataArray:
-    """The scene in true colour at a coarse resolution, read anew through the overviews."""
-    factor = max(1, -(-max(plan.geobox.shape) // _PICTURE_PIXELS))
-    height, width = plan.geobox.shape
-    coarse = GeoBox(
-        (-(-height // factor), -(-width // factor)), plan.geobox.affine @ Affine.scale(factor), plan.geobox.crs
-    )
-    present = {band for item in plan.items for band in item.assets}
-    colors = [b for b in ("red", "green", "blue") if b in present]
-    bands = colors if len(colors) == 3 else list(plan.bands)[:3]
-    masked = ["scl"] if "scl" in plan.bands else []
-    pixels = stack(plan.items, coarse, [*bands, *masked], resampling=plan.options.resampling, offsets=offsets)
-    if plan.options.composite == "per-date":
-        return per_date(pixels).compute()
-    return composite(
-        pixels, replace(plan.options.composite, dilate=0.0) if not masked else plan.options.composite
-    ).compute()
 
 
 def _tags(plan: Plan) -> dict[str, str]:
@@ -253,8 +279,14 @@ def describe_run(
         "maps": [_describe_map(plan.model.spec.legend, product, area) for product in products],
         "warnings": list(notes),
         "seconds": seconds,
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _VERSIONS},
+        "versions": _versions(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of what a map was made with."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _describe_item(plan: Plan, item: pystac.Item, offset: Offset) -> dict[str, Any]:

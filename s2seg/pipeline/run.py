@@ -1,11 +1,12 @@
-"""One area from catalog to map: the stage calls, in order. What the CLI and the jobs call."""
+"""One area from catalog to map: the stage calls, in order. What the CLI calls."""
 
 from __future__ import annotations
 
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,8 @@ from s2seg.pipeline.build import build_prediction, build_scene
 from s2seg.pipeline.fingerprint import fingerprint
 from s2seg.pipeline.folder import QUICKLOOK, RUN, ZARR, check_up_to_date, finished_run, publish, staging
 from s2seg.pipeline.plan import MapOptions, Plan, plan_area
-from s2seg.pipeline.products import Product, describe_run, write_products
-from s2seg.progress import Progress, silent
+from s2seg.pipeline.products import Product, describe_run, read_picture, write_products
+from s2seg.progress import Progress, Steps, silent
 from s2seg.sources.catalogs import Catalog, resolve_catalog
 from s2seg.sources.radiometry import decide_offsets
 
@@ -118,14 +119,19 @@ def map_area(
             session, why = opened or _open_session(plan)
         scene = build_scene(plan, offsets)
         prediction = build_prediction(_settled(plan, session) if opened else plan, scene)
-        with staging(folder) as staged, dask.config.set(num_workers=plan.threads):
+        with (
+            staging(folder) as staged,
+            dask.config.set(num_workers=plan.threads),
+            ThreadPoolExecutor(1) as aside,
+        ):
+            picture = aside.submit(read_picture, plan, offsets)
             with clock("map"):
                 write_zarr(
                     prediction, staged / ZARR, tile=plan.tile, overwrite=True, fingerprint=made_of,
                     on_progress=_noting_the_start(lambda done, total: report("map", done, total)),
                 )  # fmt: skip
             with clock("outputs"):
-                products = write_products(plan, staged, offsets, lambda d, n: report("outputs", d, n))
+                products = write_products(plan, staged, picture.result(), lambda d, n: report("outputs", d, n))
             _refuse_empty(products, plan.model.spec.legend)
             record = {"fingerprint": made_of} | describe_run(
                 plan,
@@ -220,7 +226,7 @@ def _noted_warnings() -> Iterator[list[str]]:
         yield notes
 
 
-def _noting_the_start(report: Callable[[int, int], None]) -> Callable[[int, int], None]:
+def _noting_the_start(report: Steps) -> Steps:
     """Say so if the first report is not of nothing."""
     told = False
 

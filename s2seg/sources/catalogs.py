@@ -118,17 +118,6 @@ def resolve_catalog(spec: str | Path | Catalog) -> Catalog:
     return _remote(text) if "://" in text else _local(text)
 
 
-def signer(catalog: Catalog) -> Callable[[str], str] | None:
-    """Import the function that signs this catalog's hrefs, or None where none is needed.
-
-    Raises
-    ------
-    InputError
-        If the package that provides it is not installed.
-    """
-    return load_signer(catalog.sign) if catalog.sign else None
-
-
 @lru_cache
 def load_signer(path: str) -> Callable[[str], str]:
     """Import a function that signs hrefs by its dotted path.

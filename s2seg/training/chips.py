@@ -23,6 +23,7 @@ import zarr
 from s2seg.errors import InputError
 from s2seg.legend import Legend
 from s2seg.outputs._files import check_writable, replacing, writing
+from s2seg.progress import Steps
 from s2seg.training.cutting import Place, Planes, Window, blocks_of, cut, dates_together
 from s2seg.training.shards import ShardedPixels
 from s2seg.training.splits import PARTS
@@ -30,9 +31,9 @@ from s2seg.training.splits import PARTS
 Images = npt.NDArray[np.uint16]
 Labels = npt.NDArray[np.uint8]
 Keep = Callable[[Images, Labels], bool]
-Progress = Callable[[int, int], None]
 
 _FORMAT = 2
+_TRAIN = PARTS.index("train") + 1
 _SHARD_BYTES = 16 * 2**20  # of one file
 _STORED_BEHIND = 3  # batches of chips, of one block and at most a file, that wait to be stored or are
 _PIXELS = {"image", "label"}
@@ -95,10 +96,11 @@ class ChipSpec:
 
 
 class ChipStore:
-    """Chips on disk, in an order that does not depend on how the scenes were cut into blocks.
+    """Chips on disk, numbered by place: in an order that does not depend on how the scenes were cut into blocks.
 
-    Made by :func:`write_chips` and :func:`open_chips`. A chip belongs to one part of the split; its label holds that
-    part's pixels and nodata elsewhere, so that a window across a border gives no part a look at another's labels.
+    :func:`write_chips` writes a store, :func:`open_chips` opens it for a configuration. A chip belongs to one part of
+    the split; its label holds that part's pixels and nodata elsewhere, so that a window across a border gives no part
+    a look at another's labels.
 
     Parameters
     ----------
@@ -179,7 +181,7 @@ class ChipStore:
         return self._stored("label", indices)
 
     def read(self, indices: int | slice | npt.ArrayLike) -> tuple[Images, Labels]:
-        """Both."""
+        """Images and labels, as above."""
         return self.images(indices), self.labels(indices)
 
     def _stored(self, name: str, indices: int | slice | npt.ArrayLike) -> npt.NDArray[Any]:
@@ -234,7 +236,7 @@ def write_chips(
     pixels: bool = True,
     keep: Keep | None = None,
     overwrite: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: Steps | None = None,
 ) -> ChipStore:
     """Cut regions into chips, filter them, and store them.
 
@@ -343,7 +345,7 @@ def _select(
     spec: ChipSpec,
     keep: Keep | None,
     tally: _Tally,
-    on_progress: Progress | None,
+    on_progress: Steps | None,
 ) -> Iterator[Iterator[_Chip]]:
     """The chips of each block of the regions in turn, to be taken before the next block comes."""
     groups = dates_together(regions)
@@ -548,7 +550,7 @@ class _Writer:
                 for name, value in (("origin", chip.origin), ("size", chip.size), ("part", chip.part)):
                     self._tables[name].append(value)
                 self._tables["histogram"].append(chip.histogram[self._codes])
-                self.has_train |= chip.part == 1
+                self.has_train |= chip.part == _TRAIN
             self._pending.append(self._pool.submit(self._store, self.count, batch))
             self.count += len(batch)
             self._wait_for_all_but(_STORED_BEHIND)
@@ -560,7 +562,7 @@ class _Writer:
         def images() -> Iterator[Images]:
             for chip in chips:
                 image = np.ascontiguousarray(chip.image)  # counted and written while it is in the processor's cache
-                if chip.part == 1:
+                if chip.part == _TRAIN:
                     sums.add(image)
                 yield image
 

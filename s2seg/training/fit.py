@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import logging
 import os
-import signal
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,50 +18,25 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from s2seg.allocator import keep_freed_memory
-from s2seg.errors import InputError, ModelError, S2SegWarning
+from s2seg.errors import InputError, S2SegWarning
 from s2seg.models.spec import ModelSpec
-from s2seg.models.unet import build_network, pools_globally
-from s2seg.outputs._files import remove, replacing, writing
+from s2seg.models.unet import build_network
+from s2seg.outputs._files import remove, writing
 from s2seg.progress import silent
 from s2seg.training.augment import IGNORE_INDEX, Augment, AugmentSpec
 from s2seg.training.checkpoints import BEST, FOLDER, LAST, BestAndLast, WholeFiles, load_checkpoint
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
 from s2seg.training.data import ChipData, date_plan
+from s2seg.training.history import SCORES, Recorder, Standing, epochs_of, runs_of
 from s2seg.training.logs import LOGS, check_logs, open_logs, run_ids
 from s2seg.training.losses import build_loss
+from s2seg.training.machine import interruptible, machine, quiet, reproducible
 from s2seg.training.module import Descent, SegmentationModule
 from s2seg.training.processes import Tell, run_processes
 from s2seg.training.sampling import EpochPlan, chip_weights, class_weights
+from s2seg.training.spec import build_spec, spec_of
 from s2seg.training.weights import start_from
-
-_SCORES = ("train_loss", "val_loss", "val_mean_iou", "val_accuracy")
-_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
-_NOISE: tuple[tuple[str, type[Warning]], ...] = (
-    # Lightning 2.6 asks torch 2.14 in a way that goes out of use
-    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
-)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a training stands.
-
-    Parameters
-    ----------
-    epoch, epochs
-        The current one, counted from 1, and how many there are at most.
-    step, steps
-        Batches done in this epoch, and how many it has.
-    row
-        At the end of an epoch: what :attr:`FitResult.history` gets; None before.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    row: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +72,7 @@ def fit(
     folder: str | Path,
     *,
     resume: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Standing], None] | None = None,
 ) -> FitResult:
     """Train the network that a configuration describes.
 
@@ -133,19 +103,20 @@ def fit(
         When a checkpoint cannot be written; the one before it is whole.
     """
     folder = Path(folder)
-    machine = _machine(config)
+    arguments = machine(config)
     check_logs(config.logs)
-    _check_batch(config)
-    with _reproducible(), _quiet():
+    with reproducible(), quiet():
         # also for a network that is trained in other processes: so that a mistake shows before they start
         module, data = _module(config, chips)
         keeper = BestAndLast((folder / FOLDER).absolute(), config.fit.patience)
         start = _last_checkpoint(config, keeper.folder, resume)
         if start is None:
             _clear(folder)
-        if start is None or not _is_over(config, keeper, start):
-            done, runs = (0, {}) if start is None else (_epochs(start), _runs(start))
-            training = _Training(config, chips, folder, machine, done, runs)
+        else:
+            keeper.load_state_dict(start[keeper.state_key])
+        if start is None or not _is_over(config, keeper, epochs_of(start)):
+            done, runs = (0, {}) if start is None else (epochs_of(start), runs_of(start))
+            training = _Training(config, chips, folder, arguments, done, runs)
             if config.fit.devices == 1:
                 with open_logs(config, folder / LOGS, runs) as loggers:
                     training.run(module, data, loggers, on_progress or silent)
@@ -170,7 +141,7 @@ class _Training:
         module: SegmentationModule,
         data: ChipData,
         loggers: Mapping[str, Logger],
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[Standing], None],
         strategy: str | Strategy = "auto",
     ) -> None:
         """Train from the last checkpoint or from the beginning."""
@@ -178,7 +149,7 @@ class _Training:
             keep_freed_memory()
         settings = self.config.fit
         keeper = BestAndLast((self.folder / FOLDER).absolute(), settings.patience)
-        recorder = _Recorder(self.config, self.folder / LOGS, data, on_progress, run_ids(loggers))
+        recorder = Recorder(self.config, self.folder / LOGS, data, on_progress, run_ids(loggers))
         trainer = pl.Trainer(
             **self.machine,
             strategy=strategy,
@@ -194,11 +165,11 @@ class _Training:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        with _interruptible():
+        with interruptible():
             trainer.fit(module, datamodule=data, ckpt_path=keeper.folder / LAST if self.epochs_done else None)
 
 
-def _run_processes(training: _Training, on_progress: Callable[[Progress], None]) -> None:
+def _run_processes(training: _Training, on_progress: Callable[[Standing], None]) -> None:
     """Train in one process per device of this machine."""
     devices = training.config.fit.devices
     environment = {
@@ -216,7 +187,7 @@ def _run_processes(training: _Training, on_progress: Callable[[Progress], None])
 def _run_share(training: _Training, rank: int, tell: Tell) -> None:
     """Train as one of several processes."""
     os.environ["LOCAL_RANK"] = str(rank)
-    with _reproducible(), _quiet():
+    with reproducible(), quiet():
         module, data = _module(training.config, training.chips)
         # weights may have no gradient: those of a frozen encoder, and of layers that nothing uses
         strategy = DDPStrategy(cluster_environment=LightningEnvironment(), find_unused_parameters=True)
@@ -240,97 +211,12 @@ def check_fit(config: TrainConfig) -> None:
     ModelError
         For a network that cannot be built or does not fit the chips, or starting weights that do not fit it.
     """
-    _machine(config)
+    machine(config)
     check_logs(config.logs)
-    _check_batch(config)
     bands = len(config.channels)
-    with _reproducible():
-        spec = _spec(config, (0.0,) * bands, (1.0,) * bands, {})
+    with reproducible():
+        spec = spec_of(config, (0.0,) * bands, (1.0,) * bands, {})
         start_from(build_network(spec), spec, config.network.weights)
-
-
-def build_spec(config: TrainConfig, chips: ChipStore) -> ModelSpec:
-    """Return what the configured network expects and answers: scaling from the training chips, geometry from itself.
-
-    A network that pools globally is bound to the chips' size: elsewhere its answers would be others.
-
-    Raises
-    ------
-    ModelError
-        For a network that cannot be built, or does not answer a chip pixel by pixel.
-    """
-    return _spec(config, tuple(map(float, chips.mean)), tuple(map(float, chips.std)), _provenance(config, chips))
-
-
-def _spec(
-    config: TrainConfig, mean: tuple[float, ...], std: tuple[float, ...], provenance: Mapping[str, Any]
-) -> ModelSpec:
-    network, size = config.network, config.chips.size
-    # said even where it is the default, so that layers beyond it are not built
-    levels = {"encoder_depth": network.levels} if network.levels < 5 else {}
-    branch = {"full_resolution": network.full_resolution} if network.full_resolution else {}
-    spec = ModelSpec(
-        name=config.name,
-        bands=config.channels,
-        legend=config.legend,
-        mean=mean,
-        std=std,
-        architecture={
-            "name": network.architecture, "encoder": network.encoder, **levels, **network.arguments, **branch
-        },
-        stride=network.stride,
-        depth=3 * network.stride if network.depth is None else network.depth,
-        seasons=config.seasons,
-        provenance=dict(provenance),
-    )  # fmt: skip
-    if not _is_bound_to_size(spec, size):
-        return spec
-    inside = (size - 1) // 2 // spec.stride * spec.stride  # so that something is left between two depths
-    return replace(spec, global_context=True, window=size, depth=min(spec.depth, inside))
-
-
-def _is_bound_to_size(spec: ModelSpec, size: int) -> bool:
-    """Whether the network's answers depend on the window's size; raise where it has none for a chip at all."""
-    name = f"{spec.architecture['name']} with {spec.architecture['encoder']}"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # said below, with what to do
-        network = build_network(spec).eval()
-    if empty := next((layer for layer, weight in network.named_parameters() if not weight.numel()), None):
-        raise ModelError(
-            spec.name,
-            f"{name}: layer {empty.rpartition('.')[0]} has no channels left: give decoder_channels of more channels "
-            "in network.arguments (scse attention divides each by 16)",
-        )
-    try:
-        with torch.no_grad():
-            answer = network(torch.zeros(1, len(spec.bands), size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:  # how libraries put that a size does not suit them
-        reason = " ".join(str(error).split())
-        raise ModelError(spec.name, f"{name} takes no chips of {size} px ({reason}): change chips.size") from error
-    if answer.shape[2:] != (size, size):
-        raise ModelError(
-            spec.name,
-            f"{name} answers {size} px with {answer.shape[2]}: make encoder_depth and upsampling agree in "
-            "network.arguments",
-        )
-    try:
-        return pools_globally(network, len(spec.bands))
-    except (RuntimeError, ValueError, AssertionError):  # it is looked at in a small window, which some do not take
-        return True
-
-
-def _provenance(config: TrainConfig, chips: ChipStore) -> dict[str, Any]:
-    return {
-        "configuration": config.fingerprint(),
-        "chips": chips.fingerprint,
-        "areas": list(dict.fromkeys(map(str, chips.area))),
-        "items": list(chips.items),
-        "split": config.split.model_dump(mode="json", exclude_none=True),
-        "resolution": config.resolution,
-        "starting_weights": config.network.weights or "none",
-        "loss": config.loss,
-        "seed": config.fit.seed,
-    }
 
 
 def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, ChipData]:
@@ -364,12 +250,6 @@ def _module(config: TrainConfig, chips: ChipStore) -> tuple[SegmentationModule, 
     return module, ChipData(chips, train, validation, plan, dates)
 
 
-def _check_batch(config: TrainConfig) -> None:
-    size, devices = config.fit.batch_size, config.fit.devices
-    if size % devices:
-        raise InputError(f"fit.batch_size: {size} cannot be shared evenly by {devices} devices")
-
-
 def _plan(config: TrainConfig, histogram: Any) -> EpochPlan:
     settings = config.fit
     weights = chip_weights(histogram) if settings.sampling == "balanced" else None
@@ -394,7 +274,7 @@ def _result(module: SegmentationModule, keeper: BestAndLast, keep: Literal["best
     """Take everything from the two files: where several processes trained, this one knows nothing else."""
     last = load_checkpoint(keeper.folder / LAST)
     keeper.load_state_dict(last["callbacks"][keeper.state_key])
-    history = tuple(last["callbacks"][_Recorder.state_key]["history"])
+    history = tuple(last["callbacks"][Recorder.state_key]["history"])
     best_epoch = keeper.best_epoch + 1
     kept_epoch, kept = (best_epoch, load_checkpoint(keeper.folder / BEST)) if keep == "best" else (len(history), last)
     module.cpu().load_state_dict(kept["state_dict"])
@@ -407,119 +287,12 @@ def _result(module: SegmentationModule, keeper: BestAndLast, keep: Literal["best
             "best_epoch": best_epoch,
             "kept_epoch": kept_epoch,
         },
-        metrics={name: row[name] for name in _SCORES},
+        metrics={name: row[name] for name in SCORES},
     )
     return FitResult(module.fitted.eval(), spec, history, best_epoch, kept_epoch)
 
 
-# -- where it runs, and what it leaves behind -------------------------------------------------------------------------
-
-
-def _machine(config: TrainConfig) -> dict[str, Any]:
-    """Return the Trainer's arguments about the machine."""
-    settings = config.fit
-    kind = settings.accelerator
-    if kind == "auto":
-        kind = "gpu" if torch.cuda.is_available() else "cpu"
-    if kind == "gpu" and torch.cuda.device_count() < settings.devices:
-        raise InputError(
-            f"fit.devices: {settings.devices} GPUs are asked for, torch sees {torch.cuda.device_count()}; "
-            "set fit.accelerator to cpu, or fit.devices lower"
-        )
-    if kind == "mps" and settings.devices > 1:
-        raise InputError(f"fit.devices: there is one mps device, not {settings.devices}")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("fit.accelerator: torch sees no mps device here; set it to auto")
-    if settings.precision == "float16" and kind != "gpu":
-        raise InputError("fit.precision: float16 needs a GPU; use auto, bfloat16 or float32")
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bfloat16" if _fast_bfloat16(kind) else "float32"
-    return {
-        "accelerator": kind,
-        "devices": settings.devices,
-        "precision": _PRECISIONS[precision],
-        # a GPU has no deterministic form of cross entropy over pixels
-        "deterministic": kind == "cpu",
-    }
-
-
-def _fast_bfloat16(kind: str) -> bool:
-    """Whether bfloat16 is faster than float32 here: on most CPUs it is emulated."""
-    if kind == "gpu":
-        return torch.cuda.is_bf16_supported(False)
-    abilities = torch.cpu.get_capabilities()
-    return kind == "cpu" and bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
-
-
-class _Recorder(pl.Callback):
-    """Keep the history, across restarts too; write it as CSV; tell how far the training is."""
-
-    state_key = "s2seg_history"
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        data: ChipData,
-        on_progress: Callable[[Progress], None],
-        log_runs: Mapping[str, str],
-    ) -> None:
-        self.history: list[dict[str, float]] = []
-        self._log_runs = dict(log_runs)
-        self._fingerprint, self._epochs = config.fingerprint(), config.fit.epochs
-        self._csv = folder / "history.csv" if "csv" in config.logs else None
-        self._data, self._on_progress = data, on_progress
-        self._started = self._waited = self._learning_rate = 0.0
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        """Start the clock."""
-        self._started, self._waited = time.perf_counter(), self._data.waited
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Note the learning rate that the batch is trained with; after it the schedule moves on."""
-        self._learning_rate = float(trainer.optimizers[0].param_groups[-1]["lr"])
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Tell about a batch."""
-        self._tell(trainer, trainer.fit_loop.batch_idx + 1, None)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add a row to the history, and tell about the epoch."""
-        scores = {name: float(trainer.callback_metrics[name]) for name in _SCORES}
-        facts = {
-            "learning_rate": self._learning_rate,
-            "seconds": time.perf_counter() - self._started,
-            "data_wait": self._data.waited - self._waited,
-        }
-        pl_module.log_dict(facts, sync_dist=True)
-        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **scores, **facts}
-        self.history.append(row)
-        if trainer.is_global_zero and self._csv is not None:
-            _write_csv(self._csv, self.history)
-        self._tell(trainer, int(trainer.num_training_batches), row)
-
-    def _tell(self, trainer: pl.Trainer, step: int, row: Mapping[str, float] | None) -> None:
-        if trainer.is_global_zero:
-            steps = int(trainer.num_training_batches)
-            self._on_progress(Progress(trainer.current_epoch + 1, self._epochs, step, steps, row))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what must survive a restart."""
-        return {"history": self.history, "fingerprint": self._fingerprint, "log_runs": self._log_runs}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
-        self.history = list(state_dict["history"])
-
-
-def _write_csv(path: Path, history: list[dict[str, float]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, history[0])
-    writer.writeheader()
-    writer.writerows(history)
-    with replacing(path) as partial, writing(path):
-        partial.write_text(text.getvalue())
+# -- what an earlier training left ------------------------------------------------------------------------------------
 
 
 def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[str, Any] | None:
@@ -530,7 +303,7 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
         warnings.warn(f"there is no checkpoint in {folder} to resume from: training starts anew", S2SegWarning, 4)
         return None
     states: dict[str, Any] = load_checkpoint(folder / LAST).get("callbacks", {})
-    if states.get(_Recorder.state_key, {}).get("fingerprint") != config.fingerprint():
+    if states.get(Recorder.state_key, {}).get("fingerprint") != config.fingerprint():
         raise InputError(
             f"{folder / LAST} was made with another configuration: resume with that one (config.yaml beside it), "
             "or train anew in another folder"
@@ -538,20 +311,8 @@ def _last_checkpoint(config: TrainConfig, folder: Path, resume: bool) -> dict[st
     return states
 
 
-def _epochs(states: dict[str, Any]) -> int:
-    """How many epochs were trained before the checkpoint with these states of the callbacks."""
-    return len(states[_Recorder.state_key]["history"])
-
-
-def _runs(states: dict[str, Any]) -> dict[str, str]:
-    """Where the logs of that training are."""
-    return dict(states[_Recorder.state_key].get("log_runs", {}))
-
-
-def _is_over(config: TrainConfig, keeper: BestAndLast, states: dict[str, Any]) -> bool:
-    """Whether the interrupted training had come to its end, by its epochs or its patience."""
-    epochs = _epochs(states)
-    keeper.load_state_dict(states[keeper.state_key])
+def _is_over(config: TrainConfig, keeper: BestAndLast, epochs: int) -> bool:
+    """Whether a training of so many epochs had come to its end, by these or by the keeper's patience."""
     return epochs >= config.fit.epochs or keeper.gives_up(epochs - 1)
 
 
@@ -559,51 +320,3 @@ def _clear(folder: Path) -> None:
     for name in (FOLDER, LOGS):
         with writing(folder / name):
             remove(folder / name)
-
-
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """Leave torch's chance and its settings for determinism as they were."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    memory: Any = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory
-    # filling every new buffer with NaN finds bugs, and costs a pass over all memory
-    memory.fill_uninitialized_memory = False
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        memory.fill_uninitialized_memory = fill
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raise Ctrl-C as what it is, where Lightning ends the program and leaves it deaf to any further one."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from stop
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning from advertising and from telling about devices; warnings pass, but for what it cannot know."""
-    loggers = [
-        logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning", "mlflow", "alembic")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message, category in _NOISE:
-                warnings.filterwarnings("ignore", message, category)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

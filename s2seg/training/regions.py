@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 
 from s2seg.errors import S2SegWarning
+from s2seg.progress import Steps
 from s2seg.sources.aoi import parse_aoi
 from s2seg.sources.labels import LabelSource, RasterLabels, VectorLabels, footprint, read_labels
 from s2seg.sources.radiometry import decide_offsets
@@ -80,7 +81,7 @@ def split_spec(config: TrainConfig) -> SplitSpec:
     return SplitSpec(split.by, split.block, split.fractions, split.buffer, split.seed, geometries)
 
 
-def open_places(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Sequence[Place]:
+def open_places(config: TrainConfig, on_progress: Steps | None = None) -> Sequence[Place]:
     """Open what a configuration is trained on: its tiles, or the regions of its areas.
 
     Parameters
@@ -102,7 +103,7 @@ def open_places(config: TrainConfig, on_progress: Callable[[int, int], None] | N
     return read_tiles(spec, config.legend, config.bands, fractions=split.fractions, seed=split.seed)
 
 
-def open_regions(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> list[Region]:
+def open_regions(config: TrainConfig, on_progress: Steps | None = None) -> list[Region]:
     """Search, stack and label every area at every one of its dates; reads only what the checks need.
 
     Parameters

@@ -22,7 +22,7 @@ from s2seg.training.config import TrainConfig, load_config
 from s2seg.training.cutting import Place
 from s2seg.training.evaluate import Evaluation, baseline, check_evaluation, evaluate, write_evaluation
 from s2seg.training.fit import FitResult, check_fit, fit
-from s2seg.training.fit import Progress as FitProgress
+from s2seg.training.history import Standing
 from s2seg.training.regions import chip_spec, open_places, split_spec, warn_of_empty_classes
 from s2seg.training.split_map import draw_split, draw_tiles
 from s2seg.training.splits import check_split
@@ -212,11 +212,9 @@ def train(
     else:
         draw_tiles(store, folder / "split.png", overwrite=True)
 
-    def step(progress: FitProgress) -> None:
-        if progress.row is not None:
-            return  # its last batch was told already
-        done = (progress.epoch - 1) * progress.steps + progress.step
-        report("train", done, progress.epochs * progress.steps)
+    def step(standing: Standing) -> None:
+        if standing.row is None:  # the end of an epoch was told with its last batch
+            report("train", standing.done, standing.total)
 
     fitted = fit(config, store, folder, resume=resume, on_progress=step)
     write_curves(folder / "curves.png", fitted.history, config.name, overwrite=True)

@@ -18,7 +18,8 @@ from s2seg.training.checkpoints import FOLDER as CHECKPOINTS
 from s2seg.training.checkpoints import MONITOR
 from s2seg.training.chips import ChipStore
 from s2seg.training.config import TrainConfig
-from s2seg.training.fit import Progress, fit
+from s2seg.training.fit import fit
+from s2seg.training.history import Standing
 from s2seg.training.joined import JoinedChips
 from s2seg.training.module import DivergedError
 from s2seg.training.search_space import SearchSpace, Settings, changed, configured, search_space
@@ -80,7 +81,7 @@ def tune(
     *,
     trials: int,
     timeout: float | None = None,
-    on_progress: Callable[[int, Progress], None] | None = None,
+    on_progress: Callable[[int, Standing], None] | None = None,
 ) -> TuneResult:
     """Search for the settings with the highest ``val_mean_iou``; the test part is not looked at.
 
@@ -127,12 +128,12 @@ def tune(
     def objective(trial: Any) -> float:
         chosen = changed(config, _suggest(trial, space, config))
 
-        def report(progress: Progress) -> None:
+        def report(standing: Standing) -> None:
             if on_progress is not None:
-                on_progress(trial.number, progress)
-            if progress.row is not None:
-                trial.report(progress.row[MONITOR], progress.epoch)
-                if progress.epoch < progress.epochs and trial.should_prune():
+                on_progress(trial.number, standing)
+            if standing.row is not None:
+                trial.report(standing.row[MONITOR], standing.epoch)
+                if standing.epoch < standing.epochs and trial.should_prune():
                     raise optuna.TrialPruned
 
         place = _place(folder, trial.number)

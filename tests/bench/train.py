@@ -34,7 +34,8 @@ from s2seg.training.checkpoints import FOLDER, LAST, load_checkpoint
 from s2seg.training.chips import open_chips
 from s2seg.training.config import TrainConfig
 from s2seg.training.data import Feed
-from s2seg.training.fit import Progress, fit
+from s2seg.training.fit import fit
+from s2seg.training.history import Standing
 from s2seg.training.module import SegmentationModule
 from s2seg.training.run import prepare
 from s2seg.training.sampling import EpochPlan
@@ -276,9 +277,9 @@ def _steps(what: TrainConfig, store: Path, folder: Path) -> dict[str, float]:
     ends: dict[int, list[float]] = {}
     spent: dict[str, list[float]] = {"optimizer_step": [], "_varied": []}
 
-    def tell(progress: Progress) -> None:
-        if progress.row is None:
-            ends.setdefault(progress.epoch, []).append(time.perf_counter())
+    def tell(standing: Standing) -> None:
+        if standing.row is None:
+            ends.setdefault(standing.epoch, []).append(time.perf_counter())
 
     with _timed_calls(SegmentationModule, spent):
         result = fit(what, open_chips(store), folder, on_progress=tell)
@@ -358,9 +359,9 @@ def _fit(what: TrainConfig, store: Path, folder: Path, steps_done: Connection) -
     torch.set_num_threads(THREADS)  # sums round differently with another number
     warnings.simplefilter("ignore", S2SegWarning)  # the first time there is nothing to resume from
 
-    def tell(progress: Progress) -> None:
-        if progress.row is None:
-            steps_done.send((progress.epoch - 1) * progress.steps + progress.step)
+    def tell(standing: Standing) -> None:
+        if standing.row is None:
+            steps_done.send(standing.done)
 
     fit(what, open_chips(store), folder, resume=True, on_progress=tell)
 

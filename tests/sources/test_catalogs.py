@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from s2seg.errors import InputError
-from s2seg.sources.catalogs import CATALOGS, Catalog, CatalogError, resolve_catalog, signer
+from s2seg.sources.catalogs import CATALOGS, Catalog, CatalogError, load_signer, resolve_catalog
 
 
 @pytest.mark.parametrize("name", ["earth-search", "planetary-computer", "cdse"])
@@ -83,16 +83,19 @@ def test_a_file_that_is_no_stac(tmp_path):
         resolve_catalog(path)
 
 
-def test_signer():
-    assert signer(CATALOGS["earth-search"]) is None
-    assert signer(Catalog("here", "x", sign="posixpath.basename"))("a/b") == "b"
-    with pytest.raises(InputError, match=r"s2seg\[planetary\]"):
-        signer(Catalog("here", "x", sign="no_such_package.sign_url"))
+def test_load_signer():
+    assert load_signer("posixpath.basename")("a/b") == "b"
+
+
+@pytest.mark.parametrize("path", ["no_such_package.sign_url", "posixpath.no_such_function", "no_dot"])
+def test_a_signer_that_is_not_there(path):
+    with pytest.raises(InputError, match=rf"{path} is needed .*s2seg\[planetary\]"):
+        load_signer(path)
 
 
 def test_planetary_computer_signs_late():
     planetary_computer = pytest.importorskip("planetary_computer")
-    assert signer(CATALOGS["planetary-computer"]) is planetary_computer.sign_url
+    assert load_signer(CATALOGS["planetary-computer"].sign) is planetary_computer.sign_url
 
 
 def test_the_error_crosses_processes():

@@ -13,7 +13,8 @@ from s2seg.errors import InputError, OutputError, S2SegWarning
 from s2seg.training import checkpoints, logs
 from s2seg.training import fit as fitting
 from s2seg.training.checkpoints import load_checkpoint
-from s2seg.training.fit import build_spec, fit
+from s2seg.training.fit import fit
+from s2seg.training.spec import build_spec
 from tests.training.toy import toy_chips, toy_config
 
 # each with something that a restart could forget

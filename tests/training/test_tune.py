@@ -13,7 +13,8 @@ from s2seg.training import search_space as spaces
 from s2seg.training import tune as tuning
 from s2seg.training.chips import ChipSpec
 from s2seg.training.config import load_config
-from s2seg.training.fit import Progress, fit
+from s2seg.training.fit import fit
+from s2seg.training.history import Standing
 from s2seg.training.joined import JoinedChips
 from s2seg.training.module import DivergedError
 from s2seg.training.tune import tune
@@ -43,7 +44,7 @@ def trained(monkeypatch):
         best = min(0.9, 50 * config.optimizer.learning_rate)
         for epoch in range(1, config.fit.epochs + 1):
             row = {"epoch": epoch, "val_mean_iou": best * epoch / config.fit.epochs}
-            on_progress(Progress(epoch, config.fit.epochs, 1, 1, row))
+            on_progress(Standing(epoch, config.fit.epochs, 1, 1, row))
         return SimpleNamespace(spec=SimpleNamespace(metrics={"val_mean_iou": best}))
 
     monkeypatch.setattr(tuning, "fit", fit)

@@ -1,4 +1,4 @@
-"""What every runtime says of a network whose answers depend on the whole window."""
+"""What is said of a network that sees its whole window where its bundle says that it does not."""
 
 from __future__ import annotations
 
