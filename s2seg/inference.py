@@ -164,7 +164,9 @@ def gpu_annotations(session: SessionRef) -> AbstractContextManager[None]:
         dask cuda worker SCHEDULER --nthreads 4 --resources GPU=2
         CUDA_VISIBLE_DEVICES= dask worker SCHEDULER --nthreads 8
 
-    ``GPU=2`` lets the numbers of one block cross while another is computed. Dask forgets such bindings when it fuses
+    ``GPU=2`` lets the numbers of one block cross while another is computed: a trimmed block is one window, and these
+    two are all that is on the GPU; windows of a blended block also go in batches. Their probabilities are averaged on
+    the worker's CPU. Dask forgets such bindings when it fuses
     tasks: :func:`s2seg.outputs.zarr.write_zarr` keeps it from that; to compute a prediction otherwise, pass
     ``optimize_graph=False``.
 
@@ -176,7 +178,7 @@ def gpu_annotations(session: SessionRef) -> AbstractContextManager[None]:
     client = current_client()
     if session.device == "cpu" or session.runtime == "openvino" or client is None:
         return nullcontext()
-    workers = client.scheduler_info()["workers"].values()
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()  # some versions name five unless told otherwise
     bound: AbstractContextManager[None] = annotate(resources={"GPU": 1})
     return bound if any("GPU" in worker["resources"] for worker in workers) else nullcontext()
 
@@ -356,7 +358,10 @@ def _blend(
     legend: Legend,
     out: npt.NDArray[np.uint8],
 ) -> None:
-    """Average the probabilities of overlapping windows, weighted by a taper, and divide by the summed weights."""
+    """Average the probabilities of overlapping windows, weighted by a taper, and divide by the summed weights.
+
+    All of that is done by this process, whatever device the windows were answered on.
+    """
     taper = spec.taper()
     total = np.zeros((len(legend), *block.shape[1:]), dtype=np.float32)
     weight = np.zeros(block.shape[1:], dtype=np.float32)
@@ -373,7 +378,10 @@ def _blend(
 
 
 def _batches(windows: Sequence[tuple[Span, Span]], session: Session) -> Iterator[list[tuple[Span, Span]]]:
-    """Group windows of one shape, as many as the session takes well at once."""
+    """Group windows of one shape, as many as the session takes well at once.
+
+    There is something to group in a blended block, or one of several windows: a trimmed block is a single one.
+    """
     by_shape: dict[tuple[int, int], list[tuple[Span, Span]]] = {}
     for window in windows:
         by_shape.setdefault((window[0].size, window[1].size), []).append(window)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import dask
 import numpy as np
 import pytest
 from distributed import Client, Scheduler, SpecCluster, Worker, get_worker
 
+from s2seg import inference
 from s2seg.inference import predict
-from s2seg.models.runtimes import expected_session, onnxrt, open_session
+from s2seg.models.runtimes import SessionRef, expected_session, onnxrt, open_session
 from s2seg.outputs.zarr import read_land_cover, write_zarr
 from s2seg.pipeline import run
+from s2seg.pipeline.plan import plan_area
 from s2seg.testing import SyntheticRegion
 from s2seg.windows import ChunkSpec
 from tests.test_inference import make_scene
@@ -75,6 +78,58 @@ def test_a_map_on_a_cluster_opens_the_network_on_a_worker(
         record = run.map_area(synthetic.catalog, synthetic.bbox, "2021", model, tmp_path / "out").record
     assert opened_by == ["worker"]
     assert record["model"]["session"] == " ".join(expected_session(model))
+
+
+def test_all_tasks_ask_for_what_one_worker_settled_on(
+    synthetic: SyntheticRegion, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = tiny_onnx(tmp_path / "m"), set()
+    area = synthetic.catalog, synthetic.bbox, "2021", model
+    assert expected_session(model)[0] == "openvino", "what this process would take"
+    choose, open_ref = run.choose_session, SessionRef.open
+
+    def noted(ref: SessionRef) -> object:
+        asked.add((ref.runtime, ref.device, ref.precision))
+        return open_ref(ref)
+
+    with monkeypatch.context() as worker:
+        worker.setattr(run, "choose_session", lambda bundle, *_: choose(bundle, "onnxruntime"))
+        worker.setattr(SessionRef, "open", noted)
+        with _cluster(worker={}) as cluster, Client(cluster):
+            record = run.map_area(*area, tmp_path / "out").record
+            assert run.map_area(*area, tmp_path / "out").up_to_date
+    assert asked == {("onnxruntime", "cpu", "float32")}
+    assert record["model"]["session"] == "onnxruntime cpu float32"
+    assert record["options"]["runtime"] == "auto"
+    alone = run.map_area(*area, tmp_path / "alone").record
+    assert alone["fingerprint"] != record["fingerprint"], "neither goes on where the other was interrupted"
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "asks"),
+    [("auto", "torch cuda bfloat16", "cuda"), ("cuda:1", "torch cuda:1 bfloat16", "cuda:1")],
+)
+def test_gpus_of_any_number_make_the_same_map(
+    synthetic: SyntheticRegion, tmp_path, device: str, name: str, asks: str
+) -> None:
+    plan = plan_area(synthetic.catalog, synthetic.bbox, "2021", tiny_onnx(tmp_path / "m"))
+    settled = run._settled(replace(plan, options=replace(plan.options, device=device)), name).options
+    assert (settled.runtime, settled.device, settled.precision) == ("torch", asks, "bfloat16")
+    assert run._kind(name) == ("torch", "cuda", "bfloat16")
+
+
+class Cluster:
+    """A client of many workers, the last of which has a GPU; tells of five where it is not asked for all."""
+
+    def scheduler_info(self, n_workers: int = 5) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+        workers = {f"io-{i}": {"resources": {}} for i in range(7)} | {"gpu": {"resources": {"GPU": 1}}}
+        return {"workers": dict(list(workers.items())[: len(workers) if n_workers == -1 else n_workers])}
+
+
+def test_a_gpu_is_found_behind_any_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "current_client", Cluster)
+    with inference.gpu_annotations(SessionRef("model", "0" * 64)):
+        assert dask.get_annotations() == {"resources": {"GPU": 1}}
 
 
 @pytest.mark.parametrize("parallel", [1, 2])

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,9 @@ def map_area(
     names before all of it is complete. An interrupted run leaves its blocks in ``.partial``, and the next one that is
     to make the same map goes on from there; what is up to date is left as it is.
 
+    On a cluster one worker settles the runtime, the device and the precision that are left to ``auto``, and all of them
+    run the network so. Where only some have a GPU, let these announce it: see :func:`s2seg.inference.gpu_annotations`.
+
     Parameters
     ----------
     catalog, aoi, datetime
@@ -107,13 +110,15 @@ def map_area(
             report("search", 1, 1)
         with clock("prepare"):
             offsets = decide_offsets(plan.items, check=options.check_offsets)
-            made_of = fingerprint(plan, offsets)
+            # this process by itself opens no network for a map that is there already
+            opened = None if current_client() is None else _open_session(plan)
+            made_of = fingerprint(plan, offsets, opened and _kind(opened[0]))
             if earlier:
                 check_up_to_date(folder, earlier, made_of)
                 return _result(folder, earlier, up_to_date=True)
-            session, why = _open_session(plan)
+            session, why = opened or _open_session(plan)
         scene = build_scene(plan, offsets)
-        prediction = build_prediction(plan, scene)
+        prediction = build_prediction(_settled(plan, session) if opened else plan, scene)
         with (
             staging(folder) as staged,
             dask.config.set(num_workers=plan.threads),
@@ -166,6 +171,20 @@ def _open_session(plan: Plan) -> tuple[str, str]:
     with gpu_annotations(session):
         name, why = delayed(_name_session)(session).compute(optimize_graph=False)
     return name, why
+
+
+def _kind(name: str) -> tuple[str, str, str]:
+    """Runtime, device and precision from a session's name; all GPUs count as one, since each worker has its own."""
+    runtime, device, precision = name.split()
+    return runtime, device.partition(":")[0], precision
+
+
+def _settled(plan: Plan, name: str) -> Plan:
+    """Put what a session's name says in the place of ``auto``; a device that was asked for keeps its number."""
+    runtime, device, precision = _kind(name)
+    if plan.options.device != "auto":
+        device = plan.options.device
+    return replace(plan, options=replace(plan.options, runtime=runtime, device=device, precision=precision))
 
 
 def _name_session(ref: SessionRef) -> tuple[str, str]:

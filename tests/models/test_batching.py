@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from s2seg.errors import ModelError
+from s2seg.inference import chunks_for
 from s2seg.models import import_onnx, open_session, save_bundle
 from s2seg.models.runtimes import LAYERS
 from s2seg.models.runtimes.batching import MeasuredBatches, fastest_batch
 from s2seg.models.runtimes.lanes import CudaLane, HostLane, Lanes
-from s2seg.models.runtimes.pytorch import TorchSession
+from s2seg.models.runtimes.pytorch import TorchSession, lacks_memory
+from s2seg.models.runtimes.tuning import largest_image
 from tests.models.conftest import smooth_pixels
 from tests.models.test_runtimes import assert_layers_agree
 
@@ -125,6 +127,24 @@ def test_a_session_measures_itself(session, cache, monkeypatch):
     assert seen[:4] == [1] * 4, "a first run, which is not counted, and three"
     assert session._seconds(4, 64, 64) > 0
     assert session._seconds(8, 64, 64) is None
+
+
+def test_a_trial_runs_in_all_lanes_at_once(session, monkeypatch):
+    session._lanes, together = Lanes([HostLane(), HostLane()]), threading.Barrier(2)
+    network, room, rows = session._network, 4, []
+
+    def run(x):
+        rows.append(len(x))
+        together.wait(timeout=20)  # passes only in pairs
+        if 2 * len(x) > room:
+            raise NO_MEMORY
+        return network(x)
+
+    monkeypatch.setattr(session, "_network", run)
+    assert fastest_batch(session._seconds, 64, 64) in (1, 2)
+    assert session._seconds(2, 64, 64) > 0
+    assert session._seconds(4, 64, 64) is None, "it would fit alone, but a map runs two"
+    assert len(rows) % 2 == 0
 
 
 @pytest.mark.parametrize(
@@ -305,9 +325,10 @@ def starve(session, pixels, monkeypatch, error=NO_MEMORY):
         NO_MEMORY,
         torch.AcceleratorError("CUDA error: out of memory"),  # of what torch's allocator does not keep
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
-    ids=["torch", "CUDA", "cuDNN", "CPU"],
+    ids=["torch", "CUDA", "cuDNN 8", "cuDNN 9", "CPU"],
 )
 def test_a_batch_that_does_not_fit_is_halved(session, monkeypatch, error):
     dn = smooth_pixels(5, n=7, side=64)
@@ -323,30 +344,139 @@ def test_a_batch_that_does_not_fit_is_halved(session, monkeypatch, error):
     assert session.batch(32, 32) == 4, "the limit is one of pixels"
 
 
-def test_a_batch_that_had_company_is_tried_alone_before_it_is_halved(session, monkeypatch):
-    dn, log = smooth_pixels(5, n=2, side=64), []
+def test_a_batch_that_has_company_is_halved_before_the_company_is_given_up(session, monkeypatch):
+    dn, log = smooth_pixels(5, n=3, side=64), []
     session._lanes = Lanes([RecordingLane(log), RecordingLane(log)])
-    network, fail = session._network, iter([True, False])
+    seen, network, fail = [], session._network, iter([True, True, False, False, False])
 
     def run(x):
+        seen.append((len(x), session.parallel))
         if next(fail):
             raise torch.OutOfMemoryError("the other batch has it")
         return network(x)
 
-    assert session.parallel == 2
     monkeypatch.setattr(session, "_network", run)
-    assert session.classify(dn, 8, CLASS)["class"].shape == (2, 48, 48)
-    assert session.parallel == 1
-    assert [entry[1][0] for entry in log if entry[0] == "upload"] == [2, 2], "the same batch again"
+    assert session.classify(dn, 8, CLASS)["class"].shape == (3, 48, 48)
+    assert seen == [(3, 2), (1, 2), (1, 1), (1, 1), (1, 1)]
+
+
+def test_what_a_failure_held_is_given_back(session, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    starve(session, 2 * 64 * 64, monkeypatch)
+    assert session._seconds(4, 64, 64) is None
+    assert emptied == [True]
+    session.classify(smooth_pixels(5, n=4, side=64), 8, CLASS)
+    assert emptied == [True, True]
+
+
+ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
+INTERNAL = RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+
+
+@pytest.mark.parametrize("error", [ENGINE, INTERNAL], ids=["engine", "internal"])
+def test_what_may_be_short_memory_is_taken_for_it_while_less_can_be_tried(session, monkeypatch, error):
+    dn = smooth_pixels(5, n=4, side=64)
+    with monkeypatch.context() as starved:
+        seen = starve(session, 2 * 64 * 64, starved, error)
+        session.classify(dn, 8, CLASS)
+        assert seen == [4, 2, 2]
+    starve(session, 10, monkeypatch, error)
+    session._lanes = Lanes([HostLane(), HostLane()])
+    with pytest.raises(RuntimeError, match=str(error)):
+        session.classify(dn, 8, CLASS)
+    assert session.parallel == 1, "alone it failed as well, so it was not the memory"
+
+
+def test_short_memory_is_seen_behind_another_error():
+    def compile_it(cause):
+        try:
+            raise cause
+        except RuntimeError as error:
+            raise RuntimeError("it does not compile") from error
+
+    for cause, short in ((NO_MEMORY, True), (RuntimeError("an operator that nobody knows"), False)):
+        with pytest.raises(RuntimeError) as caught:
+            compile_it(cause)
+        assert lacks_memory(caught.value) == short
 
 
 @pytest.mark.parametrize(
-    ("room", "advice"), [(64 * 64, "one of 64 x 64 px fits"), (10, "not even its smallest window fits")]
+    ("room", "advice"),
+    [
+        (448 * 448, "one of 448 x 448 px fits: use --core 256"),
+        (479 * 479, "one of 448 x 448 px fits: use --core 256"),
+        (288 * 288, "one of 288 x 288 px fits: use --core 96"),
+        (287 * 287, "not even that of the smallest core, 96, fits: use a machine with more memory"),
+    ],
 )
-def test_a_window_that_does_not_fit_is_named_with_one_that_would(session, monkeypatch, room, advice):
-    starve(session, room, monkeypatch)
-    with pytest.raises(ModelError, match=rf"cpu has no memory for a window of 256 x 256 px; {advice}"):
-        session.classify(smooth_pixels(5, n=2, side=256), 8, ALL)
+def test_a_window_that_does_not_fit_is_named_with_a_core_that_would(bundle, session, monkeypatch, room, advice):
+    asked = []
+
+    def run(x):
+        if x[:, 0].numel() > room:
+            raise NO_MEMORY
+        asked.append(x.shape[2:])
+        return x.new_zeros(len(x), 3, *(n - 2 * 88 for n in x.shape[2:]))
+
+    monkeypatch.setattr(session, "_trimmed", run)
+    with pytest.raises(ModelError, match=rf"cpu has no memory for a window of 512 x 512 px; {advice}$"):
+        session.classify(smooth_pixels(5, n=2, side=512), 96, ALL)
+    if asked:
+        core = max(asked)[0] - 2 * 96
+        assert chunks_for(bundle, core).window == max(asked), "and the map asks for the same"
+
+
+def test_a_window_of_one_size_that_does_not_fit_is_told_so(other_spec, network, tmp_path, monkeypatch):
+    bundle = save_bundle(tmp_path, other_spec(global_context=True), network.state_dict())
+    session = TorchSession(bundle, "cpu", "float32")
+    starve(session, 10, monkeypatch)
+    monkeypatch.setattr(session, "_trimmed", session._network)
+    says = "have one size, whatever the core: use a machine with more memory, or a model with smaller windows$"
+    with pytest.raises(ModelError, match=says):
+        session.probabilities(smooth_pixels(5, side=64))
+    session._device = torch.device("cuda")
+    assert "whatever the core: use device 'cpu', or" in session._advice(0)
+
+
+def test_a_gpu_measures_for_its_lanes_and_knows_what_its_kernels_count(bundle, session, cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    monkeypatch.setattr(session, "_seconds", lambda count, *size: float(count))
+    for lanes in (1, 2):
+        session._lanes = Lanes([HostLane()] * lanes)
+        session._suit_a_gpu(bundle, "bfloat16")
+        assert session.batch(64, 64) == 1
+    assert session._limit == (2**31 - 1) // largest_image(session._network, 4)
+    (notes,) = cache.iterdir()
+    card = f"A Card, torch {torch.__version__}, bfloat16"
+    assert set(json.loads(notes.read_text())) == {f"{card}, 1 at once", f"{card}, 2 at once"}
+
+
+def test_batches_stay_below_what_torchs_kernels_count(session, monkeypatch):
+    session._limit = session._most_pixels = 3 * 64 * 64
+    dn, seen = smooth_pixels(5, n=7, side=64), starve(session, 7 * 64 * 64, monkeypatch)
+    session.classify(dn, 8, CLASS)
+    assert seen == [3, 3, 1]
+    assert session._seconds(4, 64, 64) is None
+    session._limit = 288 * 288
+    with pytest.raises(ModelError, match=r"cannot count the numbers of a window of 320 x 320 px; .* use --core 96$"):
+        session.classify(smooth_pixels(5, side=320), 96, CLASS)
+
+
+def test_the_largest_image_counts_what_is_enlarged_and_joined(network):
+    coarse, fine = torch.nn.Conv2d(4, 8, 2, stride=2), torch.nn.Conv2d(4, 5, 1)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.coarse, self.fine, self.head = coarse, fine, torch.nn.Conv2d(13, 3, 1)
+
+        def forward(self, x):
+            enlarged = torch.nn.functional.interpolate(self.coarse(x), scale_factor=2)
+            return self.head(torch.cat([enlarged, self.fine(x)], dim=1))
+
+    assert largest_image(Net().eval(), 4) == 13
+    assert largest_image(network, 4) >= 16
 
 
 def test_any_other_error_is_raised_and_leaves_the_lane_free(session, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from s2seg.errors import ModelError
 from s2seg.models import ModelBundle, ModelSpec, build_network, open_session, save_bundle
 from s2seg.models.runtimes import LAYERS, expected_session
 from s2seg.models.runtimes.compiling import CompiledSession
+from s2seg.models.runtimes.lanes import HostLane, Lanes
 from s2seg.models.runtimes.pytorch import TorchSession
 from tests.models.conftest import smooth_pixels
 from tests.models.test_runtimes import assert_layers_agree
@@ -108,3 +110,53 @@ def test_a_network_that_cannot_be_compiled(small: ModelBundle, monkeypatch: pyte
         ModelError, match=r"torch cannot compile it: NotImplementedError: an operator that nobody knows; use run"
     ):
         session.classify(smooth_pixels(5, side=64), 0, ALL)
+
+
+def test_the_first_run_of_a_shape_is_over_before_another_thread_uses_its_constants(
+    small: ModelBundle, uncompiled: list[tuple[int, ...]]
+) -> None:
+    waiting, running, log = threading.Event(), threading.Event(), []
+
+    class Lane(HostLane):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def upload(self, values: np.ndarray) -> torch.Tensor:
+            log.append((self.name, "starts", len(values)))
+            return super().upload(values)
+
+        def wait(self) -> None:
+            running.set()
+            waiting.wait(timeout=20)
+            log.append((self.name, "ends"))
+
+    session, dn = CompiledSession(small, "cpu", "float32"), smooth_pixels(6, n=4, side=64)
+    session._lanes = Lanes([Lane("first"), Lane("second")])
+    first, second = (threading.Thread(target=session.classify, args=(dn[:n], 0, CLASS)) for n in (4, 3))
+    first.start()
+    assert running.wait(timeout=60)
+    second.start()
+    second.join(timeout=0.5)
+    assert log == [("first", "starts", 4)], "the second has the same function, and waits"
+    waiting.set()
+    for thread in (first, second):
+        thread.join(timeout=60)
+    assert log == [("first", "starts", 4), ("first", "ends"), ("second", "starts", 3), ("second", "ends")]
+
+
+def test_memory_that_the_compiler_lacks_halves_the_batch(small: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, real = [], torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        shapes.append(next(len(x) for x in inputs if x.dtype == torch.uint16))
+        if shapes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda run, **options: real(run, backend=backend, **options))
+    monkeypatch.setattr("s2seg.models.runtimes.compiling._check_compiler", lambda *_: None)
+    torch.compiler.reset()
+    session = CompiledSession(small, "cpu", "float32")
+    assert session.classify(smooth_pixels(7, n=4, side=64), 0, CLASS)["class"].shape == (4, 64, 64)
+    assert shapes == [4, 2, 1]
+    torch.compiler.reset()

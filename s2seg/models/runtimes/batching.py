@@ -1,4 +1,7 @@
-"""How many windows a network takes at once: few on a processor, on a GPU as many as make it faster, found by trial."""
+"""How many windows a network takes at once: few on a processor, on a GPU as many as make it faster, found by trial.
+
+That serves blended models, and blocks that hold several windows. A trimmed block is one window, and nothing is tried.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ GAIN = 1.05
 """How much faster twice as many windows must be to be worth their memory."""
 
 Seconds = Callable[[int, int, int], float | None]
-"""What (windows, height, width) take; None where the device has no memory for them."""
+"""What (windows, height, width) take, on all lanes of the device at once; None where it has no memory for them."""
 
 
 def batch_for_caches(height: int, width: int) -> int:
@@ -58,7 +61,8 @@ class MeasuredBatches:
     sha256
         Digest of the model.
     conditions
-        All else that a figure depends on: the device's name, the library's version and the precision.
+        All else that a figure depends on: the device's name, the library's version, the precision, and how many batches
+        run at once.
     seconds
         Measures one trial.
     """

@@ -9,8 +9,11 @@ of an earlier run.
 from __future__ import annotations
 
 import textwrap
+import threading
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch._dynamo
 import torch._inductor.config
@@ -21,7 +24,7 @@ from torch.utils._triton import has_triton
 
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle
-from s2seg.models.runtimes.pytorch import TorchSession
+from s2seg.models.runtimes.pytorch import TorchSession, lacks_memory
 
 _SHAPES = 64
 """Functions that are compiled in a process at most, for all sizes of windows, batches, margins and models: torch would
@@ -48,6 +51,20 @@ class CompiledSession(TorchSession):
         _check_compiler(bundle.path, device)
         super().__init__(bundle, device, precision)
         self._compiled = torch.compile(super()._answers, dynamic=False)
+        self._compiling = threading.Lock()
+        self._done: set[tuple[object, ...]] = set()
+
+    def _through(
+        self, windows: npt.NDArray[np.uint16], crop: int, outputs: frozenset[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        function = _next_power_of_two(len(windows)), windows.shape[1:], crop, outputs
+        if function in self._done:
+            return super()._through(windows, crop, outputs)
+        # the constants are made in the lane that runs a function first: another may use them when that lane has waited
+        with self._compiling:
+            answers = super()._through(windows, crop, outputs)
+            self._done.add(function)
+        return answers
 
     def _answers(self, numbers: torch.Tensor, crop: int, outputs: frozenset[str]) -> dict[str, torch.Tensor]:
         count = len(numbers)
@@ -58,6 +75,8 @@ class CompiledSession(TorchSession):
             with freezing, shapes:
                 answers = self._compiled(_filled_up(numbers), crop, outputs)
         except TorchDynamoException as error:
+            if lacks_memory(error):
+                raise
             raise ModelError(self._path, f"torch cannot compile it: {_reason(error)}; use runtime 'torch'") from error
         return {name: values[:count] if values.ndim else values for name, values in answers.items()}
 
@@ -78,12 +97,16 @@ def _check_compiler(path: str, device: str) -> None:
 
 def _filled_up(numbers: torch.Tensor) -> torch.Tensor:
     """Fill a batch up to a power of two with empty windows: a shape more takes longer to compile than they to run."""
-    missing = (1 << (len(numbers) - 1).bit_length()) - len(numbers)
+    missing = _next_power_of_two(len(numbers)) - len(numbers)
     if not missing:
         return numbers
     # joined as signed numbers, of which torch knows more operations
     joined = torch.cat([numbers.view(torch.int16), numbers.new_zeros(missing, *numbers.shape[1:], dtype=torch.int16)])
     return joined.view(torch.uint16)
+
+
+def _next_power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _reason(error: TorchDynamoException) -> str:

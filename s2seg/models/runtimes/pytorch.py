@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +26,7 @@ from s2seg.models.runtimes.batching import MeasuredBatches, batch_for_caches
 from s2seg.models.runtimes.lanes import lanes_for
 from s2seg.models.runtimes.seams import warn_of_seams
 from s2seg.models.runtimes.trimming import middle, trim_decoder
-from s2seg.models.runtimes.tuning import fold_batch_norm, merge_upsampling, trial_side
+from s2seg.models.runtimes.tuning import fold_batch_norm, largest_image, merge_upsampling, trial_side
 from s2seg.models.unet import build_network, pools_globally
 
 T = TypeVar("T")
@@ -31,8 +34,15 @@ _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float
 _FLOAT, _CHECK = "float", "check"
 _BROKEN = "the network answers with NaN or infinity: its weights or scaling are broken"
 _NARROW = ", or its numbers are too large for float16: use precision 'bfloat16'"
-_NO_MEMORY = re.compile(r"out of memory|_ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out of memory|_ALLOC(ATION)?_FAILED|can't allocate memory", re.IGNORECASE)
 """How CUDA, its libraries and a processor's allocator say what torch's own allocator for GPUs says by its type."""
+
+_PERHAPS_NO_MEMORY = re.compile(r"unable to find an engine|CUDNN_STATUS_INTERNAL_ERROR", re.IGNORECASE)
+"""What cuDNN says where it lacks memory for its work or its kernels, but also where it does not run at all."""
+
+_MOST_NUMBERS = 2**31 - 1
+"""In any image on a GPU: beyond, torch's kernels for channels-last images fail, and in some versions the one for
+nearest upsampling leaves zeros without a word."""
 
 _REPEATS = 3
 _LISTED = 3  # names of layers in an error: enough to see the pattern
@@ -123,12 +133,18 @@ class TorchSession:
         self._b = torch.from_numpy(b[:, None, None]).to(self._device)
         self._codes = torch.from_numpy(bundle.spec.legend.channel_to_code()).to(self._device)
         self._lanes = lanes_for(self._device)
-        self._most_pixels = sys.maxsize
         self._batches: Callable[[int, int], int] = batch_for_caches
+        self._limit = self._most_pixels = sys.maxsize
         if self._device.type == "cuda":
-            card = torch.cuda.get_device_name(self._device)
-            conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}"
-            self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
+            self._suit_a_gpu(bundle, precision)
+
+    def _suit_a_gpu(self, bundle: ModelBundle, precision: str) -> None:
+        """Take as many windows at once as make it faster, and as torch's kernels can count."""
+        card = torch.cuda.get_device_name(self._device)
+        conditions = f"{card}, {self._runtime} {torch.__version__}, {precision}, {self._lanes.count} at once"
+        self._batches = MeasuredBatches(bundle.sha256, conditions, self._seconds)
+        numbers = largest_image(self._network, self._bands, trial_side(bundle.spec))
+        self._limit = self._most_pixels = math.floor(_MOST_NUMBERS / numbers)
 
     def _prepare(self, precision: str) -> None:
         """Set up what is the process's or the device's, and refuse a precision that the device lacks."""
@@ -162,46 +178,67 @@ class TorchSession:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _in_batches(self, windows: npt.NDArray[np.uint16], answer: Callable[[npt.NDArray[np.uint16]], T]) -> list[T]:
-        """Answer as many windows at a time as the device has memory for; what it lacked once is not tried again."""
+        """Answer as many windows at a time as the device has memory for; what it lacked once is not tried again.
+
+        Batches are halved first: two small ones at once are faster than a large one alone.
+        """
         height, width = windows.shape[-2:]
+        if height * width > self._limit:
+            core = (math.isqrt(self._limit) - 2 * self._depth) // self._stride * self._stride
+            raise ModelError(
+                self._path,
+                f"torch's kernels for GPUs cannot count the numbers of a window of {height} x {width} px; "
+                + self._advice(core),
+            )
         parts: list[T] = []
         done = 0
         while done < len(windows):
             batch = windows[done : done + self._room(height, width)]
-            alone = self._lanes.count == 1
+            shared = self._lanes.count > 1
+            lacking = None
             try:
                 parts.append(answer(batch))
             except RuntimeError as error:
-                if not _lacks_memory(error):
+                if not lacks_memory(error, perhaps=shared or len(batch) > 1):
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold what was computed until then
-                if not alone:
-                    self._lanes.narrow()
-                elif len(batch) == 1:
-                    raise self._too_large(batch) from error
-                else:
-                    self._most_pixels = min(self._most_pixels, len(batch) // 2 * height * width)
-            else:
+                lacking = error
+            if lacking is None:
                 done += len(batch)
+                continue
+            _release(lacking)
+            if len(batch) > 1:
+                self._most_pixels = min(self._most_pixels, len(batch) // 2 * height * width)
+            elif shared:
+                self._lanes.narrow()
+            else:
+                raise self._too_large(batch, answer) from lacking
         return parts
 
     def _room(self, height: int, width: int) -> int:
-        """Windows of this size that fit, as far as is known."""
+        """Windows of this size that fit into the memory, as far as is known, and that torch's kernels can count."""
         return max(1, self._most_pixels // (height * width))
 
     def _seconds(self, count: int, height: int, width: int) -> float | None:
-        """Median time of so many windows, numbers in, classes out; None where the device has no memory for them."""
+        """Median time of so many windows in each lane at once, as a map runs them: numbers in, classes out.
+
+        None where the device has no memory for them.
+        """
+        if count * height * width > self._limit:
+            return None
         # not zeros: a GPU that multiplies nothing but zeros stays cool, and clocks higher
         noise = np.random.default_rng(0).integers(1, 5000, (count, self._bands, height, width), np.uint16)
-        seconds = []
+        lanes, seconds = self._lanes.count, []
         try:
-            for _ in range(1 + _REPEATS):
-                start = time.perf_counter()
-                self._run_as_a_map_does(noise)
-                seconds.append(time.perf_counter() - start)
+            with ThreadPoolExecutor(lanes) as threads:
+                for _ in range(1 + _REPEATS):
+                    start = time.perf_counter()
+                    for run in [threads.submit(self._run_as_a_map_does, noise) for _ in range(lanes)]:
+                        run.result()
+                    seconds.append(time.perf_counter() - start)
         except RuntimeError as error:
-            if not _lacks_memory(error):
+            if not lacks_memory(error, perhaps=lanes > 1 or count > 1):
                 raise
+            _release(error)
             return None
         return statistics.median(seconds[1:])  # the first prepares what the others use
 
@@ -211,23 +248,45 @@ class TorchSession:
         else:
             self._classify(windows, self._depth if min(windows.shape[-2:]) > 2 * self._depth else 0, {"class"})
 
-    def _too_large(self, window: npt.NDArray[np.uint16]) -> ModelError:
+    def _too_large(
+        self, window: npt.NDArray[np.uint16], answer: Callable[[npt.NDArray[np.uint16]], object]
+    ) -> ModelError:
         """Find by trial what would fit, for an error that helps."""
         height, width = window.shape[-2:]
-        side = max(height, width)
-        while side > self._stride:
-            side = max(side // 2 // self._stride, 1) * self._stride
+
+        def lacks_memory_for(core: int) -> bool:
+            side = core + 2 * self._depth
             try:
-                self._probabilities(window[:, :, :side, :side])
+                answer(window[:, :, :side, :side])
             except RuntimeError as error:
-                if not _lacks_memory(error):
+                if not lacks_memory(error, perhaps=True):
                     raise
-                continue
-            advice = f"one of {side} x {side} px fits: set core to {side} less twice the model's depth, or smaller"
-            break
-        else:
-            advice = "not even its smallest window fits: use device 'cpu'"
+                _release(error)
+                return True
+            return False
+
+        advice = self._advice(0)
+        if not self._blends:
+            cores = range(self._least_core, max(height, width) - 2 * self._depth, self._stride)
+            fitting = bisect.bisect_left(cores, True, key=lacks_memory_for)
+            if fitting:
+                advice = self._advice(cores[fitting - 1])
         return ModelError(self._path, f"{self._device} has no memory for a window of {height} x {width} px; {advice}")
+
+    @property
+    def _least_core(self) -> int:
+        """Of a trimmed block: what :func:`s2seg.inference.chunks_for` rounds smaller ones up to."""
+        return max(self._depth, self._stride)
+
+    def _advice(self, core: int) -> str:
+        """Say how to go on where a window is too large; the largest ``core`` that would do counts if there is one."""
+        elsewhere = "use a machine with more memory" if self._device.type == "cpu" else "use device 'cpu'"
+        if self._blends:
+            return f"its windows have one size, whatever the core: {elsewhere}, or a model with smaller windows"
+        if core < self._least_core:
+            return f"not even that of the smallest core, {self._least_core}, fits: {elsewhere}"
+        side = core + 2 * self._depth
+        return f"one of {side} x {side} px fits: use --core {core}"
 
     def _classify(
         self, windows: npt.NDArray[np.uint16], crop: int, layers: Set[str]
@@ -279,8 +338,39 @@ class TorchSession:
         return middle(scores, (height - 2 * crop, width - 2 * crop)).float()
 
 
-def _lacks_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(_NO_MEMORY.search(str(error)))
+def lacks_memory(error: BaseException, *, perhaps: bool = False) -> bool:
+    """Whether an error, or what led to it, says that memory is short.
+
+    Parameters
+    ----------
+    error
+        What a network raised.
+    perhaps
+        Whether to count what can also mean that cuDNN is broken: where less can be tried, that shows which it was.
+    """
+    return any(
+        isinstance(cause, torch.OutOfMemoryError)
+        or _NO_MEMORY.search(str(cause))
+        or (perhaps and _PERHAPS_NO_MEMORY.search(str(cause)))
+        for cause in _causes(error)
+    )
+
+
+def _release(error: BaseException) -> None:
+    """Let go of what was computed until an error, and of what torch keeps of it on a GPU: CUDA's libraries need it."""
+    for cause in _causes(error):
+        traceback.clear_frames(cause.__traceback__)
+    torch.cuda.empty_cache()  # nothing happens where no GPU is in use
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that led to it."""
+    cause: BaseException | None = error
+    seen: list[BaseException] = []
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _quantize(values: torch.Tensor, steps: int) -> torch.Tensor:

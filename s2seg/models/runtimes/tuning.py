@@ -155,6 +155,32 @@ def _can_be_merged(block: Any) -> bool:
     return plain and isinstance(block.attention1.attention, nn.Identity)
 
 
+@torch.no_grad()
+def largest_image(network: nn.Module, bands: int, side: int = TRIAL_SIDE) -> float:
+    """Return how many numbers the largest image in a network has for each pixel of its window.
+
+    Parameters
+    ----------
+    network
+        In evaluation mode.
+    bands
+        Input channels, for a trial run.
+    side
+        Pixels on a side of the trial's window.
+    """
+    largest = 0
+
+    def watch(_: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
+        nonlocal largest
+        largest = max(largest, *(image.numel() for image in (*given, answer) if isinstance(image, torch.Tensor)), 0)
+
+    hooks = [layer.register_forward_hook(watch) for layer in network.modules()]
+    network(trial_window(network, bands, side))
+    for hook in hooks:
+        hook.remove()
+    return largest / side**2
+
+
 def _if_it_answers_the_same(network: nn.Module, trial: torch.Tensor, change: Callable[[nn.Module], None]) -> nn.Module:
     """Return a changed copy, or the network itself where the two differ by more than rounding."""
     changed = copy.deepcopy(network)
