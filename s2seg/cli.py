@@ -392,7 +392,7 @@ def models_show(
     bundle = load_model(path)
     out.print(_facts_table(describe(bundle)))
     if check:
-        out.print(_checks_table(bundle, chips or _own_chips(bundle)))
+        _print_checks(bundle, chips or _own_chips(bundle))
 
 
 @models.command("import")
@@ -464,13 +464,13 @@ def _some_chips(store: Path, bands: Sequence[str]) -> Any:
     return chips.images(slice(0, 8))[:, [chips.bands.index(band) for band in bands]]
 
 
-def _checks_table(bundle: Any, store: Path | None) -> Table:
+def _print_checks(bundle: Any, store: Path | None) -> None:
+    """A table of all runtimes, run on a few chips of a store or on a synthetic landscape."""
     from s2seg.models.checking import GOALS, check_runtimes, reference
 
     pixels = None if store is None else _some_chips(store, bundle.spec.bands)
-    seen = "a synthetic landscape" if store is None else f"{len(pixels)} chips of {store}"
     goals = ", ".join(f"{100 * goal:g} % in {precision}" for precision, goal in GOALS.items())
-    caption = f"agreement with {reference(bundle)} in float32 on the CPU, on {seen}; ! below the goal of {goals}"
+    caption = f"agreement with {reference(bundle)} in float32 on the CPU; ! below the goal of {goals}"
     table = Table("runtime", "device", "precision", "agreement %", "Mpx/s", "why not", caption=caption)
     with _progress() as report:
         rows = check_runtimes(bundle, pixels, lambda done, total: report("check", done, total))
@@ -478,7 +478,9 @@ def _checks_table(bundle: Any, store: Path | None) -> Table:
         mark = "" if row.agrees else " !"
         said = ("-", "-") if row.reason else (f"{100 * row.agreement:.4f}{mark}", f"{row.speed:.2f}")
         table.add_row(row.runtime, row.device or "-", row.precision, *said, row.reason)
-    return table
+    seen = "a synthetic landscape" if pixels is None else f"{len(pixels)} chips of {store}"
+    out.print(table)
+    out.print(f"compared on {seen}", soft_wrap=True)
 
 
 def _print_scores(result: Any) -> None:
