@@ -22,7 +22,7 @@ test: $(READY) ## lint, check types, run the tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-bench: $(READY) ## measure reading, mapping, training and memory
+bench: $(READY) ## measure speed and memory, every table in one go (beside others after bench-peers)
 	$(BIN)/python -m tests.bench
 
 # It sees the project's packages behind its own, so that torch is there once; what it installs, the project never sees.

@@ -355,8 +355,7 @@ def export_command(
     from s2seg.models.export import export_model
 
     bundle = load_model(model)
-    own = bundle.folder / "chips.zarr"
-    store = chips or (own if own.exists() else None)
+    store = chips or _own_chips(bundle)
     images = None if store is None else _some_chips(store, bundle.spec.bands)
     made = export_model(bundle, cast(Any, kind), output, chips=images, overwrite=overwrite)
     out.print(
@@ -377,7 +376,10 @@ def models_show(
         ),
     ] = False,
     chips: Annotated[
-        Path | None, typer.Option(help="For --check: a chip store with real pixels [default: a synthetic landscape].")
+        Path | None,
+        typer.Option(
+            help="For --check: a chip store with real pixels [default: the model's own, else a synthetic landscape]."
+        ),
     ] = None,
 ) -> None:
     """Print what a bundle holds: bands, scaling, legend, geometry, provenance.
@@ -389,7 +391,7 @@ def models_show(
     bundle = load_model(path)
     out.print(_facts_table(describe(bundle)))
     if check:
-        out.print(_checks_table(bundle, None if chips is None else _some_chips(chips, bundle.spec.bands)))
+        _print_checks(bundle, chips or _own_chips(bundle))
 
 
 @models.command("import")
@@ -442,6 +444,12 @@ def _needs(*packages: str) -> None:
         raise InputError(f"training needs {', '.join(missing)}: pip install 's2seg[train]'")
 
 
+def _own_chips(bundle: Any) -> Path | None:
+    """The chip store that a training has left beside a model, where there is one."""
+    own = Path(bundle.folder / "chips.zarr")
+    return own if own.exists() else None
+
+
 def _some_chips(store: Path, bands: Sequence[str]) -> Any:
     """A few real pixels to compare runtimes on, in a model's bands."""
     _needs("pydantic")
@@ -455,17 +463,23 @@ def _some_chips(store: Path, bands: Sequence[str]) -> Any:
     return chips.images(slice(0, 8))[:, [chips.bands.index(band) for band in bands]]
 
 
-def _checks_table(bundle: Any, pixels: Any) -> Table:
-    from s2seg.models.checking import check_runtimes, reference
+def _print_checks(bundle: Any, store: Path | None) -> None:
+    """A table of all runtimes, run on a few chips of a store or on a synthetic landscape."""
+    from s2seg.models.checking import GOALS, check_runtimes, reference
 
-    caption = f"agreement with {reference(bundle)} in float32 on the CPU"
+    pixels = None if store is None else _some_chips(store, bundle.spec.bands)
+    goals = ", ".join(f"{100 * goal:g} % in {precision}" for precision, goal in GOALS.items())
+    caption = f"agreement with {reference(bundle)} in float32 on the CPU; ! below the goal of {goals}"
     table = Table("runtime", "device", "precision", "agreement %", "Mpx/s", "why not", caption=caption)
     with _progress() as report:
         rows = check_runtimes(bundle, pixels, lambda done, total: report("check", done, total))
     for row in rows:
-        said = ("-", "-") if row.reason else (f"{100 * row.agreement:.4f}", f"{row.speed:.2f}")
+        mark = "" if row.agrees else " !"
+        said = ("-", "-") if row.reason else (f"{100 * row.agreement:.4f}{mark}", f"{row.speed:.2f}")
         table.add_row(row.runtime, row.device or "-", row.precision, *said, row.reason)
-    return table
+    seen = "a synthetic landscape" if pixels is None else f"{len(pixels)} chips of {store}"
+    out.print(table)
+    out.print(f"compared on {seen}", soft_wrap=True)
 
 
 def _print_scores(result: Any) -> None:

@@ -14,6 +14,7 @@ import xarray as xr
 
 from s2seg import cli
 from s2seg.models.bundle import ModelBundle
+from s2seg.models.checking import RuntimeCheck
 from s2seg.testing import SyntheticRegion, position_scene
 from tests.tiny import tiny_onnx
 
@@ -173,6 +174,36 @@ def test_models_show_and_import(model: ModelBundle, tmp_path: Path, capsys: pyte
     assert cli.main(command) == 2, "the bundle is there already"
     assert cli.main([*command[:-2], "--overwrite"]) == 2, "no legend"
     assert "--legend" in capsys.readouterr().err
+
+
+def test_a_check_says_on_what_and_marks_what_differs(
+    model: ModelBundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        RuntimeCheck("openvino", "float32", "cpu", 0.9998, 2.0), RuntimeCheck("torch", "float32", reason="not there"),
+        RuntimeCheck("openvino", "bfloat16", "cpu", 0.9951, 4.0),
+    ]  # fmt: skip
+    seen: list[object] = []
+
+    def check_runtimes(bundle: ModelBundle, pixels: object, on_progress: object) -> list[RuntimeCheck]:
+        seen.append(pixels)
+        return rows
+
+    monkeypatch.setattr("s2seg.models.checking.check_runtimes", check_runtimes)
+    monkeypatch.setattr(cli, "_some_chips", lambda store, bands: [f"of {store.name}"] * 3)
+    assert cli.main(["models", "show", model.path, "--check"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "99.9800 !" in printed and "99.5100 │" in printed
+    assert "! below the goal of 99.99 % in float32, 99.5 % in bfloat16" in printed
+    assert printed.endswith("compared on a synthetic landscape")
+    own = Path(model.path) / "chips.zarr"
+    own.mkdir()
+    try:
+        assert cli.main(["models", "show", model.path, "--check"]) == 0
+    finally:
+        own.rmdir()
+    assert f"compared on 3 chips of {own}" in capsys.readouterr().out
+    assert seen == [None, ["of chips.zarr"] * 3]
 
 
 BAD = {

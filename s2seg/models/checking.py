@@ -15,6 +15,9 @@ from s2seg.models.export import check_chips, synthetic_pixels
 from s2seg.models.runtimes import COMPILED, Session, available_runtimes, open_session
 from s2seg.progress import Steps
 
+GOALS = {"float32": 0.9999, "bfloat16": 0.995}
+"""Least share of pixels, by precision, on which a runtime shall name the class that the reference names."""
+
 _SIDE, _REPEATS = 512, 3
 _CLASS = frozenset({"class"})
 
@@ -43,6 +46,11 @@ class RuntimeCheck:
     agreement: float = float("nan")
     speed: float = float("nan")
     reason: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it ran and reached the goal of its precision."""
+        return self.agreement >= GOALS[self.precision]
 
 
 def reference(bundle: ModelBundle) -> str:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
 
-from tests.bench.measuring import compare, keep, machine
+from tests.bench.measuring import clock, compare, keep, machine
 
 SUITES = {
     "map": "mapping",
@@ -46,7 +47,8 @@ FULL = {"peers", "scale"}
 """Suites that can go on to sizes that take longer."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Run the suites that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here [FOLDER/figures.json]")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with the figures that --json has kept")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="scenes and scratch [build/bench]")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.against and not options.against.exists():
         parser.error(f"{options.against} does not exist: a run with --json {options.against} makes it")
     then = json.loads(options.against.read_text()) if options.against else {}
@@ -65,13 +67,17 @@ def main() -> None:
     console.print(f"[bold]s2seg bench[/] on {machine()}")
     options.folder.mkdir(parents=True, exist_ok=True)
     kept = options.json or options.folder / "figures.json"
+    began = time.perf_counter()
     for name in options.suite or SUITES:
         more = {"full": True} if options.full and name in FULL else {}
+        start = time.perf_counter()
         figures = import_module(f"tests.bench.{SUITES[name]}").measure(options.folder, console, options.quick, **more)
-        keep(kept, name, figures)
+        took = time.perf_counter() - start
+        keep(kept, name, figures, took)
         if then:
             compare(name, figures, then, console)
-    console.print(f"figures in {kept}")
+        console.print(f"{name} took {clock(took)}")
+    console.print(f"all of it took {clock(time.perf_counter() - began)}; figures in {kept}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ import rasterio
 import xarray as xr
 from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
+from rasterio.merge import merge
 
 from s2seg.legend import Legend
 from s2seg.models import ModelBundle, ModelSpec, build_network, load_model, open_session, save_bundle
@@ -21,7 +23,7 @@ from s2seg.models.export import export_model
 from s2seg.sources.composite import CompositeSpec, composite
 from s2seg.sources.search import search
 from s2seg.sources.stack import stack
-from s2seg.testing import LEGEND, synthetic_catalog
+from s2seg.testing import LEGEND, position_scene, synthetic_catalog, write_asset
 
 BANDS = ("blue", "green", "red", "nir", "swir16", "swir22")
 DATES = "2000/2100"
@@ -43,12 +45,28 @@ def scene(folder: Path, size: int) -> Path:
         command = [sys.executable, "-W", "ignore", str(tool), str(catalog.parent), "--size", str(size), "--dates", "1"]
         subprocess.run([*command, "--bands", ",".join(BANDS)], check=True, stdout=subprocess.DEVNULL)
     else:
-        synthetic_catalog(catalog.parent, size=size, dates=("2022-02-01",), cloud_cover=(0.0,))
+        _synthetic_scene(catalog.parent, size)
     for path in catalog.parent.rglob("*.tif"):
         with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS"), rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as out:
             if not out.overviews(1):
                 out.build_overviews([2, 4, 8, 16], Resampling.average)
     return catalog
+
+
+def _synthetic_scene(folder: Path, size: int) -> None:
+    """Write a catalog of one item: the tiles of a synthetic region, put together."""
+    date = "2022-02-01"
+    resolutions = dict.fromkeys(BANDS, 10.0) | {"swir16": 20.0, "swir22": 20.0}
+    with tempfile.TemporaryDirectory() as scratch:
+        region = synthetic_catalog(scratch, size=size, dates=(date,), cloud_cover=(0.0,), baselines=("03.01",))
+        left, _, _, top = region.geobox.boundingbox.bbox
+        catalog = position_scene(
+            folder, crs=str(region.geobox.crs), origin=(left, top), shape=(size, size), bands=resolutions, dates=(date,)
+        )
+        (whole,), tiles = (search(made, WORLD, DATES) for made in (catalog, region.catalog))
+        for band in BANDS:
+            (pixels,), transform = merge([tile.assets[band].href for tile in tiles])
+            write_asset(whole.assets[band].href, pixels, str(region.geobox.crs), transform)
 
 
 @dataclass(frozen=True)
@@ -139,13 +157,14 @@ def fitted_network(folder: Path, steps: int) -> ModelBundle:
     """A U-Net (mobilenet_v2) fitted for a minute to real or synthetic labels, so that its answers mean something."""
     path = folder / f"network-{steps}"
     if not (path / "model.json").exists():
-        _fit(folder, path, steps)
+        fit(folder, path, steps)
     model = load_model(path)
     open_session(model)  # converts it, where a runtime needs that: no process that is measured shall do it
     return model
 
 
-def _fit(folder: Path, path: Path, steps: int) -> None:
+def fit(folder: Path, path: Path, steps: int, side: int = 160) -> None:
+    """Fit a network in so many steps of eight chips of ``side`` pixels, and write its bundle."""
     import torch  # here: processes whose memory is measured import this module, and need no torch
 
     pixels, labels, legend = _training_pixels(folder)
@@ -162,9 +181,9 @@ def _fit(folder: Path, path: Path, steps: int) -> None:
     )
     target = torch.from_numpy(labels)
     for _ in range(steps):
-        corners = rng.integers(0, np.array(labels.shape) - 160, (8, 2))
-        batch = torch.stack([image[:, y : y + 160, x : x + 160] for y, x in corners])
-        wanted = torch.stack([target[y : y + 160, x : x + 160] for y, x in corners])
+        corners = rng.integers(0, np.array(labels.shape) - side, (8, 2))
+        batch = torch.stack([image[:, y : y + side, x : x + side] for y, x in corners])
+        wanted = torch.stack([target[y : y + side, x : x + side] for y, x in corners])
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(network(batch), wanted, ignore_index=255).backward()
         optimizer.step()

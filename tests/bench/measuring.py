@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,13 +24,21 @@ THREADS = 2
 GIB = 2**30
 MEGA = 1e6
 
+SINGLE = (
+    "agreement", "bytes", "first_seconds", "network_pixels", "overlap_cost", "overlap_time", "requests", "same",
+    "seam_error",
+)  # fmt: skip
+"""Figures that were measured, though they are one number each; peaks of memory are, too."""
+
 
 def machine() -> str:
-    """Processor, cores and Python, in a line."""
+    """Processor, cores, GPU and Python, in a line; the GPU only where torch is loaded, which takes seconds."""
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     processor = name[1] if name else platform.machine()
-    return f"{os.cpu_count()} cores, {processor}, {platform.system()}, Python {platform.python_version()}"
+    torch = sys.modules.get("torch")
+    card = f", {torch.cuda.get_device_name()}" if torch is not None and torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores, {processor}{card}, {platform.system()}, Python {platform.python_version()}"
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -79,21 +88,28 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f}"
 
 
-# figures that are kept: {suite: {"when", "machine", "figures"}}
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
 
 
-def keep(file: Path, suite: str, figures: dict[str, Any]) -> None:
-    """Put a suite's figures into the file, beside those of other suites."""
+# figures that are kept: {suite: {"when", "machine", "took_seconds", "figures"}}
+
+
+def keep(file: Path, suite: str, figures: dict[str, Any], took: float) -> None:
+    """Put a suite's figures, and the seconds that it took, into the file, beside those of other suites."""
     kept = json.loads(file.read_text()) if file.exists() else {}
     kept[suite] = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "figures": figures,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "took_seconds": round(took, 1),
+        "figures": figures,
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def compare(suite: str, now: dict[str, Any], then: dict[str, Any], console: Console) -> None:
-    """Print the medians of what was measured several times, now and in a kept run."""
+    """Print what was measured, now and in a kept run; whether more is better is for the reader to say."""
     if suite not in then:
         console.print(f"{suite}: not in the kept run")
         return
@@ -101,24 +117,28 @@ def compare(suite: str, now: dict[str, Any], then: dict[str, Any], console: Cons
     before, after = (dict(samples(json.loads(json.dumps(f)))) for f in (then[suite]["figures"], now))
     table = Table("measured", "then", "now", "now / then", title=f"{suite}, against {then[suite]['when']}")
     for name in after:
-        if before.get(name):
-            ratio = after[name] / before[name]
-            table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}", f"{ratio:.2f}")
+        if name in before:
+            ratio = f"{after[name] / before[name]:.2f}" if before[name] else ""
+            table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}", ratio)
     console.print(table)
     if then[suite]["machine"] != machine():
         console.print(f"[bold]another machine then[/]: {then[suite]['machine']}")
 
 
 def samples(figures: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the path and the median of every list of numbers, and of every row's peak memory."""
+    """Yield what was measured, each with its path: the median of repeats, and single numbers.
+
+    Repeats are lists of floats; a list of integers, such as a window's shape, says what was measured. A row of a table
+    goes by its ``name``.
+    """
     if isinstance(figures, dict):
         for key, value in figures.items():
             yield from samples(value, f"{name}/{key}" if name else key)
-    elif isinstance(figures, list) and figures and all(isinstance(v, int | float) for v in figures):
+    elif isinstance(figures, list) and figures and all(isinstance(v, float) for v in figures):
         yield name, statistics.median(figures)
     elif isinstance(figures, list):
-        for i, row in enumerate(figures):
-            label = row.get("name", row.get("size", i)) if isinstance(row, dict) else i
-            yield from samples(row, f"{name}/{label}")
-    elif name.endswith("peak_bytes"):
+        for row in figures:
+            if isinstance(row, dict) and "name" in row:
+                yield from samples(row, f"{name}/{row['name']}")
+    elif isinstance(figures, int | float) and (name.split("/")[-1] in SINGLE or name.endswith("peak_bytes")):
         yield name, figures

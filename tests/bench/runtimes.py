@@ -30,7 +30,7 @@ CLASS = frozenset({"class"})
 def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
     """Run all measurements of ``runtime``; returns the figures."""
     size = 1024 if quick else 4096
-    windows, repeats = ((512,), 2) if quick else ((512, 1152, 2048), 3)
+    windows, repeats = ((512,), 2) if quick else ((512, 2048), 3)
     bundle, catalog = fitted_network(folder, 20 if quick else 120), scene(folder, size)
     models = {"onnxruntime": converted(bundle, "onnx")} if "onnxruntime" in available_runtimes() else {}
     table = Table("runtime", "window", "Mpx/s", "min-max", "x torch float32", "peak GiB", "agreement %",

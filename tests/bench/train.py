@@ -57,12 +57,12 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
     shutil.rmtree(scratch, ignore_errors=True)
     half, whole = (labelled_scene(folder, size) for size in sizes)
     figures: dict[str, Any] = {
-        "store": building({sizes[0]: half, sizes[1]: whole}, scratch, console, repeats=1 if quick else 6)
+        "store": building({sizes[0]: half, sizes[1]: whole}, scratch, console, repeats=1 if quick else 4)
     }
     stores = {"0.2 GB": scratch / "one.zarr", "2.3 GB": scratch / "overlapping.zarr"}
-    figures["chips"] = delivery(whole, stores, console, batches=4 if quick else 20, repeats=2 if quick else 5)
+    figures["chips"] = delivery(whole, stores, console, batches=4 if quick else 20, repeats=2 if quick else 3)
     figures["steps"] = steps(whole, stores["0.2 GB"], scratch, console, count=3 if quick else 15)
-    figures["resume"] = resume(whole, stores["0.2 GB"], scratch, console, kills=1 if quick else 3)
+    figures["resume"] = resume(whole, stores["0.2 GB"], scratch, console, kills=1 if quick else 2)
     shutil.rmtree(scratch)
     return figures
 

@@ -180,6 +180,7 @@ def test_an_exported_model_knows_its_test_part(
     assert main(["models", "show", str(tmp_path / "m"), "--check", "--chips", str(folder / "chips.zarr")]) == 0
     printed = capsys.readouterr().out
     assert "agreement with onnxruntime" in printed and "why not" in printed
+    assert f"chips of {folder / 'chips.zarr'}" in printed
     other = tiny_onnx(tmp_path / "other", bands=("red", "swir16"))
     assert main(["models", "show", other.path, "--check", "--chips", str(folder / "chips.zarr")]) == 2
     assert "the model needs swir16, and the chips in" in capsys.readouterr().err

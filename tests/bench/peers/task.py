@@ -38,10 +38,15 @@ class Network:
 
 
 def run(way: Callable[[dict, Network], str], version: str) -> None:
-    """Make ``task["rounds"]`` maps with ``way(task, network)``, which returns where the map is; tell how it went."""
+    """Make ``task["rounds"]`` maps with ``way(task, network)``, which returns where the map is; tell how it went.
+
+    The file ``task["warm_up"]``, if there is one, is mapped ahead of the clock.
+    """
     task = json.load(sys.stdin)
     network, seconds = Network(task["network"]), []
     with redirect_stdout(sys.stderr):  # whatever else is said is not the answer
+        if task["warm_up"] is not None:
+            way({**task, "image": task["warm_up"]}, network)
         for _ in range(task["rounds"]):
             network.pixels = 0
             start = time.perf_counter()
