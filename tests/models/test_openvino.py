@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from s2seg.errors import ModelError, S2SegWarning
-from s2seg.models import conversion, open_session, runtimes, save_bundle
-from s2seg.models.runtimes import choose_session, expected_session
+from s2seg.models import conversion, open_session, save_bundle
+from s2seg.models.runtimes import choose_session, choosing, expected_session, opening
 from s2seg.models.runtimes import openvino as module
 from tests.models.conftest import smooth_pixels
 
@@ -61,8 +61,8 @@ def test_what_auto_takes_and_why(bundle, monkeypatch):
     chosen = lambda *request: (lambda session, why: (session.name, why))(*choose_session(*request))  # noqa: E731
     assert chosen(bundle) == (AUTO, "the fastest on a CPU of those installed")
     assert chosen(bundle, "torch") == ("torch cpu float32", "asked for")
-    monkeypatch.setattr(runtimes, "_by_request", {})
-    monkeypatch.setitem(runtimes._MODULES, "openvino", ("no_such_module",))
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setitem(choosing._MODULES, "openvino", ("no_such_module",))
     assert chosen(bundle) == ("torch cpu float32", "OpenVINO is not installed: pip install 's2seg[openvino]'")
 
 
@@ -73,8 +73,8 @@ def test_auto_takes_the_same_for_onnx_files(free, monkeypatch):
     dn = smooth_pixels(24, n=4, side=192)
     expected = open_session(free, "onnxruntime").classify(dn, 32, CLASS)["class"]
     assert np.mean(session.classify(dn, 32, CLASS)["class"] == expected) >= 0.995
-    monkeypatch.setattr(runtimes, "_by_request", {})
-    monkeypatch.setitem(runtimes._MODULES, "openvino", ("no_such_module",))
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setitem(choosing._MODULES, "openvino", ("no_such_module",))
     session, why = choose_session(free)
     assert session.name == "onnxruntime cpu float32"
     assert why == "OpenVINO is not installed: pip install 's2seg[openvino]'"
@@ -83,16 +83,16 @@ def test_auto_takes_the_same_for_onnx_files(free, monkeypatch):
 def test_a_gpu_goes_before_openvino(bundle, free, monkeypatch, tmp_path):
     driver = tmp_path / "driver"
     driver.touch()
-    monkeypatch.setattr(runtimes, "_GPU_DRIVERS", (str(driver),))
+    monkeypatch.setattr(choosing, "_GPU_DRIVERS", (str(driver),))
     for kind, own in ((bundle, "torch"), (free, "onnxruntime")):
-        monkeypatch.setattr(runtimes, "_choose_device", lambda *_: "cpu")
-        assert runtimes._first_choice(kind, "auto")[0] == "openvino"
-        monkeypatch.setattr(runtimes, "_choose_device", lambda *_: "cuda")
-        assert runtimes._first_choice(kind, "auto") == (own, "a GPU is there")
-        assert runtimes._first_choice(kind, "cuda:1") == (own, "a GPU is asked for")
-        assert runtimes._first_choice(kind, "cpu")[0] == "openvino"
+        monkeypatch.setattr(choosing, "_choose_device", lambda *_: "cpu")
+        assert choosing._first_runtime(kind, "auto")[0] == "openvino"
+        monkeypatch.setattr(choosing, "_choose_device", lambda *_: "cuda")
+        assert choosing._first_runtime(kind, "auto") == (own, "a GPU is there")
+        assert choosing._first_runtime(kind, "cuda:1") == (own, "a GPU is asked for")
+        assert choosing._first_runtime(kind, "cpu")[0] == "openvino"
         driver.unlink()
-        assert runtimes._first_choice(kind, "auto")[0] == "openvino"  # without a driver nobody is asked
+        assert choosing._first_runtime(kind, "auto")[0] == "openvino"  # without a driver nobody is asked
         driver.touch()
 
 
@@ -101,8 +101,8 @@ def test_an_onnx_network_that_openvino_cannot_shape(free, monkeypatch):
         raise RuntimeError("Check 'shapes' failed\nwhile validating node 'opset1::Reshape'")
 
     monkeypatch.setattr(module.OpenVinoSession, "_graph", fail)
-    monkeypatch.setattr(runtimes, "_by_request", {})
-    monkeypatch.setattr(runtimes, "_sessions", {})
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setattr(opening, "_sessions", {})
     with pytest.raises(ModelError, match=r"OpenVINO cannot shape the network: .*Reshape'; use runtime 'onnxruntime'"):
         open_session(free, "openvino")
     with pytest.warns(S2SegWarning, match="runs on onnxruntime, as OpenVINO does not run it: .*Reshape"):

@@ -23,8 +23,7 @@ from s2seg.models import (
     save_bundle,
     summarize,
 )
-from s2seg.models import runtimes as runtimes_module
-from s2seg.models.runtimes import LAYERS, expected_session, onnxrt
+from s2seg.models.runtimes import LAYERS, choosing, expected_session, onnxrt, opening
 from s2seg.models.runtimes.onnxrt import OnnxSession
 from s2seg.models.runtimes.openvino import OpenVinoSession
 from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
@@ -224,8 +223,9 @@ def test_weights_for_another_encoder(other_spec, network, tmp_path):
     ],
 )
 def test_choices_that_cannot_be_had(bundle, choice, message):
-    with pytest.raises(ModelError, match=message):
-        open_session(bundle, **choice)
+    for choose in (open_session, expected_session):  # a dry run says so too
+        with pytest.raises(ModelError, match=message):
+            choose(bundle, **choice)
 
 
 def test_onnx_choices_that_cannot_be_had(free):
@@ -280,9 +280,9 @@ def test_a_provider_that_does_not_start_is_no_cpu_run(free, monkeypatch):
 
 
 def test_a_runtime_that_is_not_installed(bundle, monkeypatch):
-    monkeypatch.setattr(runtimes_module, "_by_request", {})
-    monkeypatch.setitem(runtimes_module._MODULES, "torch", ("no_such_module",))
-    monkeypatch.setitem(runtimes_module._MODULES, "openvino", ("no_such_module",))
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setitem(choosing._MODULES, "torch", ("no_such_module",))
+    monkeypatch.setitem(choosing._MODULES, "openvino", ("no_such_module",))
     assert available_runtimes() == ("onnxruntime",)
     for runtime in ("torch", "openvino"):
         says = rf"needs {runtime}, which is not installed: pip install 's2seg\[{runtime}\]'"

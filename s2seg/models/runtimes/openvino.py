@@ -63,8 +63,6 @@ class OpenVinoSession:
     """
 
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
-        if device != "cpu":
-            raise ConversionError(bundle.path, f"OpenVINO runs on 'cpu' here, not on {device!r}: use runtime 'torch'")
         if precision == "bfloat16" and not has_bfloat16():
             raise ConversionError(bundle.path, "this processor has no bfloat16 arithmetic: use precision 'float32'")
         keep_freed_memory()
