@@ -15,6 +15,7 @@ from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle, cache_folder
 from s2seg.models.runtimes.answers import argmax, softmax, summarize, trim
 from s2seg.models.runtimes.batching import batch_for_caches
+from s2seg.models.runtimes.threads import threads_of_process
 
 # onnxruntime's errors have no common base of their own
 ERRORS: tuple[type[Exception], ...] = tuple(
@@ -58,6 +59,7 @@ def start(path: str, network: Path, device: str = "cpu") -> onnxruntime.Inferenc
     """Open the file ``network`` on a device; ``path`` is what an error calls it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; its warnings are about how the graph was exported
+    options.intra_op_num_threads = threads_of_process() or 0  # zero: as many as it finds cores
     wanted = providers(device)
     try:
         session = onnxruntime.InferenceSession(str(network), options, providers=wanted)

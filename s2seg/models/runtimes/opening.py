@@ -10,6 +10,7 @@ from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models.bundle import ModelBundle, load_model
 from s2seg.models.runtimes.choosing import COMPILED, Choice, check_installed, first_choice, own_runtime, settle
 from s2seg.models.runtimes.session import Session
+from s2seg.models.runtimes.threads import set_torch_threads
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def _open(bundle: ModelBundle, choice: Choice) -> Session:
 
 def _make(bundle: ModelBundle, choice: Choice) -> Session:
     runtime, device, precision = choice
+    if runtime in ("torch", COMPILED):
+        set_torch_threads()
     if runtime == "torch":
         from s2seg.models.runtimes.pytorch import TorchSession
 

@@ -10,7 +10,6 @@ batch run one after the other: a window of 512 px and more is work enough for ev
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from s2seg.models.export import write_openvino
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
 from s2seg.models.runtimes.batching import batch_for_caches
 from s2seg.models.runtimes.seams import warn_of_seams
+from s2seg.models.runtimes.threads import threads_of_process
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _SHAPES = 2
@@ -73,8 +73,12 @@ class OpenVinoSession:
         self._bundle = bundle
         self._files: dict[int, Path] = {}
         self._scaling = bundle.spec.affine() if bundle.is_onnx else None  # what was converted scales by itself
-        # two processes that pin their threads would pin them to the same cores
-        self._options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[precision], "ENABLE_CPU_PINNING": False} | _threads()
+        self._options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+            "ENABLE_CPU_PINNING": False,  # two processes would pin their threads to the same cores
+        }
+        if threads := threads_of_process():
+            self._options["INFERENCE_NUM_THREADS"] = threads
         # what cannot be converted shall be told now
         self._batch = self._fixed_batch(self._file(0 if bundle.spec.blends else bundle.spec.depth))
         if bundle.is_onnx:
@@ -199,12 +203,6 @@ def one_line(error: Exception | str) -> str:
 @cache
 def _core() -> Any:
     return openvino.Core()
-
-
-def _threads() -> dict[str, int]:
-    """As many threads as torch would take where someone has set a number; else OpenVINO's own choice, every core."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return {"INFERENCE_NUM_THREADS": int(wanted)} if wanted.isdecimal() and int(wanted) else {}
 
 
 def _middle(values: Any, shape: tuple[int, int]) -> Any:
