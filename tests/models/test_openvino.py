@@ -10,7 +10,7 @@ import pytest
 
 from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models import conversion, open_session, save_bundle
-from s2seg.models.runtimes import choose_session, choosing, expected_session, opening
+from s2seg.models.runtimes import choose_session, choosing, drivers, expected_session, opening
 from s2seg.models.runtimes import openvino as module
 from tests.models.conftest import smooth_pixels
 
@@ -52,8 +52,13 @@ def test_a_processor_without_bfloat16(bundle, monkeypatch):
             return ["FP32"]
 
     monkeypatch.setattr(module, "_core", Plain)
-    with pytest.raises(ModelError, match="no bfloat16 arithmetic: use precision 'float32'"):
-        module.OpenVinoSession(bundle, "cpu", "bfloat16")
+    monkeypatch.setattr(opening, "_by_request", {})
+    for choose in (open_session, expected_session):
+        for runtime in ("auto", "openvino"):  # nor does auto take torch then
+            with pytest.raises(ModelError, match="processor has no bfloat16 arithmetic: use precision 'float32'"):
+                choose(bundle, runtime, "cpu", "bfloat16")
+            with pytest.raises(ModelError, match="not openvino on cpu: use precision 'float32'"):
+                choose(bundle, runtime, "cpu", "float16")
     assert expected_session(bundle, "openvino") == ("openvino", "cpu", "float32")
 
 
@@ -83,7 +88,7 @@ def test_auto_takes_the_same_for_onnx_files(free, monkeypatch):
 def test_a_gpu_goes_before_openvino(bundle, free, monkeypatch, tmp_path):
     driver = tmp_path / "driver"
     driver.touch()
-    monkeypatch.setattr(choosing, "_GPU_DRIVERS", (str(driver),))
+    monkeypatch.setattr(drivers, "_GPU_DRIVERS", (str(driver),))
     for kind, own in ((bundle, "torch"), (free, "onnxruntime")):
         monkeypatch.setattr(choosing, "_choose_device", lambda *_: "cpu")
         assert choosing._first_runtime(kind, "auto")[0] == "openvino"
@@ -120,6 +125,10 @@ def test_an_operator_that_openvino_lacks(renamed, monkeypatch):
         session, why = choose_session(renamed)
     assert session.name == "torch cpu float32"
     assert "aten::col2im" in why
+    monkeypatch.setattr(module, "has_bfloat16", lambda: True)
+    monkeypatch.setattr("s2seg.models.runtimes.processor.has_bfloat16", lambda: False)
+    with pytest.raises(ModelError, match="processor has no bfloat16 arithmetic: use precision 'float32'"):
+        choose_session(renamed, precision="bfloat16")
 
 
 def test_openvinos_own_error_names_the_operator(tmp_path, spec):

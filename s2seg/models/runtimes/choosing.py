@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle
+from s2seg.models.runtimes.drivers import may_have_gpu
 
 _MODULES = {
     "torch": ("torch", "segmentation_models_pytorch"),
@@ -23,9 +22,6 @@ _EXTRAS = {
 }
 COMPILED = "torch-compiled"
 """The torch runtime with its network compiled; it reads what torch reads, where torch runs."""
-
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""What Linux shows where there is a driver for NVIDIA's or AMD's GPUs, or WSL's for either."""
 
 
 class Choice(NamedTuple):
@@ -71,13 +67,13 @@ def settle(bundle: ModelBundle, asked: Choice) -> Choice:
     if not _installed(asked.runtime):
         return asked
     device = _choose_device(bundle, asked.runtime, asked.device)
-    precision = _choose_precision(asked.runtime, device, asked.precision)
-    if precision == "float16" and not (_library(asked.runtime) == "torch" and device.startswith("cuda")):
-        raise ModelError(
-            bundle.path,
-            f"float16 needs torch on a CUDA device, not {asked.runtime} on {device}: use precision 'bfloat16'",
-        )
-    return Choice(asked.runtime, device, precision)
+    choice = Choice(asked.runtime, device, asked.precision)
+    if asked.precision != "auto":
+        _check_precision(bundle.path, choice)
+        return choice
+    # torch takes bfloat16 on a CPU too, where it is asked for
+    fast = (asked.runtime == "openvino" or choice.on_gpu) and _has_bfloat16(choice)
+    return choice._replace(precision="bfloat16" if fast else "float32")
 
 
 def check_installed(bundle: ModelBundle, runtime: str) -> None:
@@ -135,10 +131,8 @@ def _sees_gpu(bundle: ModelBundle) -> bool:
 
     Where no driver can be there the runtime is not loaded to find out: with torch that takes seconds.
     """
-    if sys.platform == "darwin" or (sys.platform == "linux" and not any(Path(d).exists() for d in _GPU_DRIVERS)):
-        return False
     runtime = own_runtime(bundle)
-    return _installed(runtime) and _choose_device(bundle, runtime, "auto") != "cpu"
+    return may_have_gpu() and _installed(runtime) and _choose_device(bundle, runtime, "auto") != "cpu"
 
 
 def _check_kind(bundle: ModelBundle, runtime: str) -> None:
@@ -164,16 +158,35 @@ def _choose_device(bundle: ModelBundle, runtime: str, device: str) -> str:
     return choose_device(bundle.path, device)
 
 
-def _choose_precision(runtime: str, device: str, precision: str) -> str:
-    if precision != "auto":
-        return precision
-    fast = False
-    if runtime == "openvino":
+def _check_precision(path: str, choice: Choice) -> None:
+    """Refuse what would be imitated, many times slower than float32, or cannot be had at all."""
+    runtime, device, precision = choice
+    if runtime == "onnxruntime" and precision != "float32":
+        raise ModelError(path, f"an ONNX network has its own precision: use 'float32', not {precision!r}")
+    has_float16 = _library(runtime) == "torch" and choice.on_gpu
+    if precision == "float16" and not has_float16:
+        instead = "bfloat16" if _has_bfloat16(choice) else "float32"
+        raise ModelError(
+            path, f"float16 needs torch on a CUDA device, not {runtime} on {device}: use precision {instead!r}"
+        )
+    if precision == "bfloat16" and not _has_bfloat16(choice):
+        where = f"device {device!r}" if choice.on_gpu else "this processor"
+        instead = "'float16' or 'float32'" if has_float16 else "'float32'"
+        raise ModelError(path, f"{where} has no bfloat16 arithmetic: use precision {instead}")
+
+
+def _has_bfloat16(choice: Choice) -> bool:
+    """Whether the device calculates in bfloat16 with this runtime."""
+    if choice.runtime == "onnxruntime":
+        return False
+    if choice.runtime == "openvino":
         from s2seg.models.runtimes.openvino import has_bfloat16
 
-        fast = has_bfloat16()
-    elif _library(runtime) == "torch" and device != "cpu":
-        from s2seg.models.runtimes.pytorch import has_bfloat16 as gpu_has_bfloat16
+        return has_bfloat16()
+    if not choice.on_gpu:
+        from s2seg.models.runtimes.processor import has_bfloat16 as processor_has_bfloat16
 
-        fast = gpu_has_bfloat16(device)
-    return "bfloat16" if fast else "float32"
+        return processor_has_bfloat16()
+    from s2seg.models.runtimes.pytorch import has_bfloat16 as gpu_has_bfloat16
+
+    return gpu_has_bfloat16(choice.device)

@@ -59,12 +59,10 @@ class OpenVinoSession:
     Raises
     ------
     ConversionError
-        When OpenVINO cannot convert the network, or the processor lacks the precision; torch can still run it.
+        When OpenVINO cannot convert the network; torch can still run it.
     """
 
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
-        if precision == "bfloat16" and not has_bfloat16():
-            raise ConversionError(bundle.path, "this processor has no bfloat16 arithmetic: use precision 'float32'")
         keep_freed_memory()
         self.name = f"openvino {device} {precision}"
         self._path, self._activation = bundle.path, bundle.spec.activation
