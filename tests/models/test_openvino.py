@@ -1,5 +1,6 @@
 """OpenVINO answers as torch does, is what `auto` takes on a CPU, and says why where it is not."""
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -158,6 +159,16 @@ def test_a_network_is_converted_once_and_torch_is_not_needed_again(renamed):
         done = subprocess.run([sys.executable, "-c", code, renamed.path], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == f"{AUTO} False"
         assert done.stderr == ""
+
+
+def test_a_run_without_torch_says_what_it_needs_it_for(renamed, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    for runtime in ("auto", "openvino"):
+        with pytest.raises(
+            ModelError, match=r"once torch has converted it, which is missing: pip install 's2seg\[torch"
+        ):
+            open_session(renamed, runtime)
 
 
 def test_a_conversion_that_fails_apart_says_why(renamed, tmp_path, monkeypatch):

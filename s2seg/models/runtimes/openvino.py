@@ -27,7 +27,7 @@ from openvino import opset13 as ops
 from s2seg.allocator import keep_freed_memory
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle, cache_folder
-from s2seg.models.conversion import ConversionError
+from s2seg.models.conversion import ConversionError, missing_extra
 from s2seg.models.export import write_openvino
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
 from s2seg.models.runtimes.batching import batch_for_caches
@@ -277,6 +277,10 @@ def _converted(bundle: ModelBundle, margin: int) -> Path:
     if (folder / _FILE).is_file():
         _warn_of_seams(bundle, folder / _FILE)
         return folder / _FILE
+    if extra := missing_extra("openvino"):
+        raise ModelError(
+            bundle.path, f"runs on OpenVINO once torch has converted it, which is missing: pip install 's2seg[{extra}]'"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
