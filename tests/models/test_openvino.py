@@ -164,10 +164,9 @@ def test_a_network_is_converted_once_and_torch_is_not_needed_again(renamed):
 def test_a_run_without_torch_says_what_it_needs_it_for(renamed, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    says = r"runs on OpenVINO once torch has converted it, which is missing: pip install 's2seg\[torch\]'"
     for runtime in ("auto", "openvino"):
-        with pytest.raises(
-            ModelError, match=r"once torch has converted it, which is missing: pip install 's2seg\[torch"
-        ):
+        with pytest.raises(ModelError, match=says):
             open_session(renamed, runtime)
 
 

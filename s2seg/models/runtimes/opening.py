@@ -73,7 +73,8 @@ def open_session(bundle: ModelBundle, runtime: str = "auto", device: str = "auto
     Warns
     -----
     S2SegWarning
-        When ``auto`` wanted OpenVINO and had to fall back on another runtime: says why.
+        When ``auto`` wanted OpenVINO and had to fall back on another runtime, or a GPU on which onnxruntime does not
+        start: says why.
 
     Raises
     ------
