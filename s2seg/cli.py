@@ -539,7 +539,10 @@ def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
         yield
         return
     import dask
+    from dask.system import CPU_COUNT
     from distributed import Client, LocalCluster
+
+    from s2seg.models.runtimes.threads import THREADS
 
     if scheduler is not None:
         try:
@@ -549,10 +552,15 @@ def _cluster(scheduler: str | None, workers: int) -> Iterator[None]:
         with client:
             yield
         return
-    environment = {"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}
+    default = dask.config.get("distributed.nanny.pre-spawn-environ")
+    settings = {
+        "distributed.nanny.pre-spawn-environ": default | WORKER_ENVIRONMENT,
+        THREADS: max(1, CPU_COUNT // workers),  # networks share the CPUs
+    }
+    threads = max(2, CPU_COUNT // workers)  # one reads while another runs the network
     with (
-        dask.config.set(environment),
-        LocalCluster(n_workers=workers, threads_per_worker=2, dashboard_address=None) as cluster,
+        dask.config.set(settings),
+        LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address=None) as cluster,
         Client(cluster),
     ):
         yield

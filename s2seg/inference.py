@@ -18,7 +18,7 @@ from s2seg.client import current_client
 from s2seg.errors import InputError, MissingBandError
 from s2seg.legend import Legend
 from s2seg.models.bundle import ModelBundle
-from s2seg.models.runtimes import Session, SessionRef, expected_session, summarize
+from s2seg.models.runtimes import Choice, Session, SessionRef, expected_session, summarize
 from s2seg.models.runtimes.batching import CACHED_PIXELS
 from s2seg.windows import ChunkSpec, Margin, Shape, Span
 
@@ -225,7 +225,7 @@ def core_for(model: ModelBundle, runtime: str = "auto", device: str = "auto", pr
     if model.spec.blends:
         return _BLENDED_CORE
     session = expected_session(model, runtime, device, precision)
-    budget = _NETWORK_BYTES_ON_GPU if _on_gpu(session) else _NETWORK_BYTES
+    budget = _NETWORK_BYTES_ON_GPU if session.on_gpu else _NETWORK_BYTES
     return min(_LARGEST_CORE, math.isqrt(budget // _bytes_per_pixel(session)) - 2 * model.spec.depth)
 
 
@@ -236,14 +236,10 @@ def network_bytes(model: ModelBundle, chunks: ChunkSpec, runtime: str, device: s
     """
     session = expected_session(model, runtime, device, precision)
     height, width = chunks.window
-    return 0 if _on_gpu(session) else _bytes_per_pixel(session) * max(height * width, CACHED_PIXELS)
+    return 0 if session.on_gpu else _bytes_per_pixel(session) * max(height * width, CACHED_PIXELS)
 
 
-def _on_gpu(session: tuple[str, str, str]) -> bool:
-    return session[1].startswith(("cuda", "tensorrt"))
-
-
-def _bytes_per_pixel(session: tuple[str, str, str]) -> int:
+def _bytes_per_pixel(session: Choice) -> int:
     return _BYTES_PER_PIXEL.get(" ".join(session), _OTHER_BYTES_PER_PIXEL)
 
 

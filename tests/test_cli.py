@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import resource
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ import pytest
 import xarray as xr
 
 from s2seg import cli
+from s2seg.client import current_client
 from s2seg.models.bundle import ModelBundle
 from s2seg.models.checking import RuntimeCheck
+from s2seg.models.runtimes.threads import threads_of_process
 from s2seg.testing import SyntheticRegion, position_scene
 from tests.tiny import tiny_onnx
 
@@ -134,6 +138,36 @@ def test_worker_processes_and_a_scheduler_make_the_same_map(
     ]
     np.testing.assert_array_equal(maps[0], maps[1])
     np.testing.assert_array_equal(maps[0], maps[2])
+
+
+def test_worker_processes_share_the_cores_and_keep_the_environment_of_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dask.system.CPU_COUNT", 6)
+    for name in ("OMP_NUM_THREADS", "MALLOC_ARENA_MAX"):  # what is set here would go before
+        monkeypatch.delenv(name, raising=False)
+    with cli._cluster(None, 2):
+        client = current_client()
+        assert client is not None
+        assert set(client.nthreads().values()) == {3}
+        assert client.submit(threads_of_process).result() == 3
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"):
+            assert set(client.run(os.environ.get, name).values()) == {"1"}
+
+
+@pytest.mark.parametrize(("workers", "each"), [(1, (6, 6)), (4, (2, 1)), (12, (2, 1))])
+def test_a_worker_reads_while_it_runs_the_network(
+    monkeypatch: pytest.MonkeyPatch, workers: int, each: tuple[int, int]
+) -> None:
+    seen = []
+
+    def start(*, threads_per_worker: int, **_: object) -> AbstractContextManager[None]:
+        seen.append((threads_per_worker, threads_of_process()))
+        return nullcontext()
+
+    monkeypatch.setattr("dask.system.CPU_COUNT", 6)
+    monkeypatch.setattr("distributed.LocalCluster", start)
+    monkeypatch.setattr("distributed.Client", nullcontext)
+    with cli._cluster(None, workers):
+        assert seen == [each]
 
 
 def test_search_prints_a_table_or_json(synthetic: SyntheticRegion, capsys: pytest.CaptureFixture[str]) -> None:

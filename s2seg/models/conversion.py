@@ -49,9 +49,16 @@ def check_packages(bundle: ModelBundle, kind: str) -> None:
     """Raise a ModelError if a model is not one that can be converted, or a package is missing that does it."""
     if bundle.is_onnx:
         raise ModelError(bundle.path, "is an ONNX network already; only models with safetensors weights are exported")
+    if extra := missing_extra(kind):
+        raise ModelError(bundle.path, f"an export to {kind} needs more packages: pip install 's2seg[{extra}]'")
+
+
+def missing_extra(kind: str) -> str | None:
+    """Return the extra whose packages a conversion lacks here; None if it can be done."""
     for extra, modules in (("torch", ("torch", "segmentation_models_pytorch")), (kind, _NEEDS[kind])):
         if any(importlib.util.find_spec(module) is None for module in modules):
-            raise ModelError(bundle.path, f"an export to {kind} needs more packages: pip install 's2seg[{extra}]'")
+            return extra
+    return None
 
 
 def convert(bundle: ModelBundle, kind: str, file: Path, margin: int = 0) -> Run:

@@ -1,5 +1,6 @@
 """OpenVINO answers as torch does, is what `auto` takes on a CPU, and says why where it is not."""
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from s2seg.errors import ModelError, S2SegWarning
-from s2seg.models import conversion, open_session, runtimes, save_bundle
-from s2seg.models.runtimes import choose_session, expected_session
+from s2seg.models import conversion, open_session, save_bundle
+from s2seg.models.runtimes import choose_session, choosing, drivers, expected_session, opening
 from s2seg.models.runtimes import openvino as module
 from tests.models.conftest import smooth_pixels
 
@@ -52,8 +53,13 @@ def test_a_processor_without_bfloat16(bundle, monkeypatch):
             return ["FP32"]
 
     monkeypatch.setattr(module, "_core", Plain)
-    with pytest.raises(ModelError, match="no bfloat16 arithmetic: use precision 'float32'"):
-        module.OpenVinoSession(bundle, "cpu", "bfloat16")
+    monkeypatch.setattr(opening, "_by_request", {})
+    for choose in (open_session, expected_session):
+        for runtime in ("auto", "openvino"):  # nor does auto take torch then
+            with pytest.raises(ModelError, match="processor has no bfloat16 arithmetic: use precision 'float32'"):
+                choose(bundle, runtime, "cpu", "bfloat16")
+            with pytest.raises(ModelError, match="not openvino on cpu: use precision 'float32'"):
+                choose(bundle, runtime, "cpu", "float16")
     assert expected_session(bundle, "openvino") == ("openvino", "cpu", "float32")
 
 
@@ -61,8 +67,8 @@ def test_what_auto_takes_and_why(bundle, monkeypatch):
     chosen = lambda *request: (lambda session, why: (session.name, why))(*choose_session(*request))  # noqa: E731
     assert chosen(bundle) == (AUTO, "the fastest on a CPU of those installed")
     assert chosen(bundle, "torch") == ("torch cpu float32", "asked for")
-    monkeypatch.setattr(runtimes, "_by_request", {})
-    monkeypatch.setitem(runtimes._MODULES, "openvino", ("no_such_module",))
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setitem(choosing._MODULES, "openvino", ("no_such_module",))
     assert chosen(bundle) == ("torch cpu float32", "OpenVINO is not installed: pip install 's2seg[openvino]'")
 
 
@@ -73,8 +79,8 @@ def test_auto_takes_the_same_for_onnx_files(free, monkeypatch):
     dn = smooth_pixels(24, n=4, side=192)
     expected = open_session(free, "onnxruntime").classify(dn, 32, CLASS)["class"]
     assert np.mean(session.classify(dn, 32, CLASS)["class"] == expected) >= 0.995
-    monkeypatch.setattr(runtimes, "_by_request", {})
-    monkeypatch.setitem(runtimes._MODULES, "openvino", ("no_such_module",))
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setitem(choosing._MODULES, "openvino", ("no_such_module",))
     session, why = choose_session(free)
     assert session.name == "onnxruntime cpu float32"
     assert why == "OpenVINO is not installed: pip install 's2seg[openvino]'"
@@ -83,16 +89,16 @@ def test_auto_takes_the_same_for_onnx_files(free, monkeypatch):
 def test_a_gpu_goes_before_openvino(bundle, free, monkeypatch, tmp_path):
     driver = tmp_path / "driver"
     driver.touch()
-    monkeypatch.setattr(runtimes, "_GPU_DRIVERS", (str(driver),))
+    monkeypatch.setattr(drivers, "_GPU_DRIVERS", (str(driver),))
     for kind, own in ((bundle, "torch"), (free, "onnxruntime")):
-        monkeypatch.setattr(runtimes, "_choose_device", lambda *_: "cpu")
-        assert runtimes._first_choice(kind, "auto")[0] == "openvino"
-        monkeypatch.setattr(runtimes, "_choose_device", lambda *_: "cuda")
-        assert runtimes._first_choice(kind, "auto") == (own, "a GPU is there")
-        assert runtimes._first_choice(kind, "cuda:1") == (own, "a GPU is asked for")
-        assert runtimes._first_choice(kind, "cpu")[0] == "openvino"
+        monkeypatch.setattr(choosing, "_choose_device", lambda *_: "cpu")
+        assert choosing._first_runtime(kind, "auto")[0] == "openvino"
+        monkeypatch.setattr(choosing, "_choose_device", lambda *_: "cuda")
+        assert choosing._first_runtime(kind, "auto") == (own, "a GPU is there")
+        assert choosing._first_runtime(kind, "cuda:1") == (own, "a GPU is asked for")
+        assert choosing._first_runtime(kind, "cpu")[0] == "openvino"
         driver.unlink()
-        assert runtimes._first_choice(kind, "auto")[0] == "openvino"  # without a driver nobody is asked
+        assert choosing._first_runtime(kind, "auto")[0] == "openvino"  # without a driver nobody is asked
         driver.touch()
 
 
@@ -101,8 +107,8 @@ def test_an_onnx_network_that_openvino_cannot_shape(free, monkeypatch):
         raise RuntimeError("Check 'shapes' failed\nwhile validating node 'opset1::Reshape'")
 
     monkeypatch.setattr(module.OpenVinoSession, "_graph", fail)
-    monkeypatch.setattr(runtimes, "_by_request", {})
-    monkeypatch.setattr(runtimes, "_sessions", {})
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setattr(opening, "_sessions", {})
     with pytest.raises(ModelError, match=r"OpenVINO cannot shape the network: .*Reshape'; use runtime 'onnxruntime'"):
         open_session(free, "openvino")
     with pytest.warns(S2SegWarning, match="runs on onnxruntime, as OpenVINO does not run it: .*Reshape"):
@@ -120,6 +126,10 @@ def test_an_operator_that_openvino_lacks(renamed, monkeypatch):
         session, why = choose_session(renamed)
     assert session.name == "torch cpu float32"
     assert "aten::col2im" in why
+    monkeypatch.setattr(module, "has_bfloat16", lambda: True)
+    monkeypatch.setattr("s2seg.models.runtimes.processor.has_bfloat16", lambda: False)
+    with pytest.raises(ModelError, match="processor has no bfloat16 arithmetic: use precision 'float32'"):
+        choose_session(renamed, precision="bfloat16")
 
 
 def test_openvinos_own_error_names_the_operator(tmp_path, spec):
@@ -149,6 +159,15 @@ def test_a_network_is_converted_once_and_torch_is_not_needed_again(renamed):
         done = subprocess.run([sys.executable, "-c", code, renamed.path], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == f"{AUTO} False"
         assert done.stderr == ""
+
+
+def test_a_run_without_torch_says_what_it_needs_it_for(renamed, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    says = r"runs on OpenVINO once torch has converted it, which is missing: pip install 's2seg\[torch\]'"
+    for runtime in ("auto", "openvino"):
+        with pytest.raises(ModelError, match=says):
+            open_session(renamed, runtime)
 
 
 def test_a_conversion_that_fails_apart_says_why(renamed, tmp_path, monkeypatch):

@@ -23,8 +23,7 @@ from s2seg.models import (
     save_bundle,
     summarize,
 )
-from s2seg.models import runtimes as runtimes_module
-from s2seg.models.runtimes import LAYERS, expected_session, onnxrt
+from s2seg.models.runtimes import LAYERS, choosing, drivers, expected_session, onnxrt, opening
 from s2seg.models.runtimes.onnxrt import OnnxSession
 from s2seg.models.runtimes.openvino import OpenVinoSession
 from tests.models.conftest import LEGEND, expected_probabilities, export, smooth_pixels
@@ -224,21 +223,33 @@ def test_weights_for_another_encoder(other_spec, network, tmp_path):
     ],
 )
 def test_choices_that_cannot_be_had(bundle, choice, message):
-    with pytest.raises(ModelError, match=message):
-        open_session(bundle, **choice)
+    for choose in (open_session, expected_session):  # a dry run says so too
+        with pytest.raises(ModelError, match=message):
+            choose(bundle, **choice)
 
 
 def test_onnx_choices_that_cannot_be_had(free):
     with pytest.raises(ModelError, match=r"model\.onnx does not run on torch: use runtime 'onnxruntime'"):
         open_session(free, "torch")
-    with pytest.raises(ModelError, match="use 'float32', not 'bfloat16'"):
-        open_session(free, "onnxruntime", precision="bfloat16")
+    for precision in ("bfloat16", "float16"):
+        with pytest.raises(ModelError, match=f"use 'float32', not '{precision}'"):
+            expected_session(free, "onnxruntime", precision=precision)
     for device, has in (("cuda", "CUDA"), ("tensorrt:1", "TensorRT")):
         with pytest.raises(ModelError, match=f"this onnxruntime has no {has}: pip install onnxruntime-gpu"):
             open_session(free, "onnxruntime", device)
 
 
 ORT = {name: f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")}
+
+
+@pytest.fixture
+def forgetful():
+    """What was found out about CUDA is this test's alone."""
+    for found in (onnxrt._cuda_starts, onnxrt._preload):
+        found.cache_clear()
+    yield
+    for found in (onnxrt._cuda_starts, onnxrt._preload):
+        found.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -251,17 +262,19 @@ ORT = {name: f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")}
         (["Tensorrt", "CUDA", "CPU"], "tensorrt:1", ["Tensorrt", "CUDA", "CPU"], "tensorrt:1"),
     ],
 )
-def test_execution_providers_in_order_of_preference(free, monkeypatch, installed, device, asked, settled):
+def test_execution_providers_in_order_of_preference(free, monkeypatch, forgetful, installed, device, asked, settled):
     seen = {}
 
     class Recording(onnxruntime.InferenceSession):
-        def __init__(self, path, options, providers):
-            super().__init__(path, options, providers=["CPUExecutionProvider"])
+        def __init__(self, path, options, providers, **more):
+            super().__init__(path, options, providers=["CPUExecutionProvider"], **more)
+            seen.clear()
             seen.update(providers)
 
         def get_providers(self):
             return list(seen)
 
+    monkeypatch.setattr(onnxrt, "may_have_gpu", lambda: True)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ORT[name] for name in installed])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Recording)
     session = onnxrt.OnnxSession(free, onnxrt.choose_device(free.path, device), "float32")
@@ -272,17 +285,117 @@ def test_execution_providers_in_order_of_preference(free, monkeypatch, installed
     assert all(options["device_id"] == number for name, options in seen.items() if name != ORT["CPU"])
 
 
-def test_a_provider_that_does_not_start_is_no_cpu_run(free, monkeypatch):
-    start = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, providers: start(*a, providers=[ORT["CPU"]]))
-    with pytest.raises(ModelError, match="onnxruntime cannot use device 'cuda:3': use device 'cpu'"):
+def lacking(library: str):
+    """What onnxruntime does to load its libraries where one is missing."""
+    said = f"Failed to load {library}: no such file\nPlease follow https://onnxruntime.ai to install CUDA.\n"
+    return lambda: sys.stdout.write(said)
+
+
+def no_cuda(*arguments, providers, **more):
+    """Open a session as onnxruntime does where its providers for GPUs do not start."""
+    return onnxruntime_session(*arguments, providers=[ORT["CPU"]], **more)
+
+
+onnxruntime_session = onnxruntime.InferenceSession
+
+
+def test_a_provider_that_does_not_start_is_no_cpu_run(free, monkeypatch, forgetful, capsys):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", no_cuda)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    with pytest.raises(ModelError, match=r"cannot use device 'cuda:3' \(its driver or .*\): use device 'cpu'"):
         onnxrt.start(free.path, free.weights_path, "cuda:3")
+    onnxrt._preload.cache_clear()
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lacking("libcudnn.so.9"))
+    with pytest.raises(ModelError, match=r"'cuda:3' \(Failed to load libcudnn\.so\.9: no such file\): use"):
+        onnxrt.start(free.path, free.weights_path, "cuda:3")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_provider_that_fails_is_no_cpu_run(free, monkeypatch, forgetful, capsys):
+    def fail(self, *_):
+        raise RuntimeError("CUDA failure 101: invalid device ordinal")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fail)
+    with pytest.raises(ModelError, match=r"cannot use device 'cuda:3' \(CUDA failure 101: .*\): use device 'cpu'"):
+        onnxrt.start(free.path, free.weights_path, "cuda:3")
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_goes_on_where_cuda_does_not_start(free, monkeypatch, forgetful):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ORT["CUDA"], ORT["CPU"]])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", no_cuda)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lacking("libcudnn.so.9"))
+    monkeypatch.setattr(onnxrt, "may_have_gpu", lambda: False)
+    assert onnxrt.choose_device(free.path, "auto") == "cpu"  # without a driver nothing is tried
+    monkeypatch.setattr(onnxrt, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(choosing, "may_have_gpu", lambda: True)
+    with pytest.warns(S2SegWarning, match=r"the GPU is left out: .*libcudnn\.so\.9") as told:
+        assert expected_session(free, "onnxruntime") == ("onnxruntime", "cpu", "float32")
+        assert choosing.first_choice(free, "auto", "auto", "float32")[0].device == "cpu"
+    assert len(told) == 1
+    with pytest.raises(ModelError, match="cannot use device 'cuda'"):  # who asks for it shall have it
+        onnxrt.start(free.path, free.weights_path, onnxrt.choose_device(free.path, "cuda"))
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_that_is_hidden_is_not_looked_for(monkeypatch, hidden):
+    monkeypatch.setattr(drivers, "_GPU_DRIVERS", ("/",))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert drivers.may_have_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert not drivers.may_have_gpu()
+
+
+def test_a_gpu_that_fails_is_told_and_not_replaced(free, monkeypatch, capsys):
+    class Failing:
+        def run(self, *_):
+            raise onnxrt.state.EPFail("CUDA failure 700: an illegal memory access")
+
+        def __getattr__(self, name):  # whatever else onnxruntime asks first
+            return lambda *_: None
+
+    session = OnnxSession(free, "cpu", "float32")
+    monkeypatch.setattr(session._session, "_sess", Failing())
+    with pytest.raises(ModelError, match=r"onnxruntime failed on .* CUDA failure 700"):
+        session.probabilities(smooth_pixels(12, side=64))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "has"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),  # torch would imitate it
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"bf16": True}, True),
+        ({"neon": True, "bf16": False}, False),
+        ({"architecture": "ppc64le"}, True),  # cannot be known
+    ],
+)
+def test_torch_on_a_processor_without_bfloat16(bundle, monkeypatch, found, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    for runtime in ("torch", "torch-compiled"):
+        if has:
+            assert expected_session(bundle, runtime, "cpu", "bfloat16") == (runtime, "cpu", "bfloat16")
+            continue
+        with pytest.raises(ModelError, match="processor has no bfloat16 arithmetic: use precision 'float32'"):
+            expected_session(bundle, runtime, "cpu", "bfloat16")
+
+
+def test_a_gpu_without_bfloat16(bundle, monkeypatch):
+    monkeypatch.setattr("s2seg.models.runtimes.pytorch.choose_device", lambda *_: "cuda")
+    monkeypatch.setattr("s2seg.models.runtimes.pytorch.has_bfloat16", lambda _: False)
+    with pytest.raises(ModelError, match="'cuda' has no bfloat16 arithmetic: use precision 'float16' or 'float32'"):
+        expected_session(bundle, "torch", "cuda", "bfloat16")
+    assert expected_session(bundle, "torch", "cuda", "float16") == ("torch", "cuda", "float16")
+    assert expected_session(bundle, "torch") == ("torch", "cuda", "float32")
+    assert expected_session(bundle, "torch").on_gpu
 
 
 def test_a_runtime_that_is_not_installed(bundle, monkeypatch):
-    monkeypatch.setattr(runtimes_module, "_by_request", {})
-    monkeypatch.setitem(runtimes_module._MODULES, "torch", ("no_such_module",))
-    monkeypatch.setitem(runtimes_module._MODULES, "openvino", ("no_such_module",))
+    monkeypatch.setattr(opening, "_by_request", {})
+    monkeypatch.setitem(choosing._MODULES, "torch", ("no_such_module",))
+    monkeypatch.setitem(choosing._MODULES, "openvino", ("no_such_module",))
     assert available_runtimes() == ("onnxruntime",)
     for runtime in ("torch", "openvino"):
         says = rf"needs {runtime}, which is not installed: pip install 's2seg\[{runtime}\]'"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
+import warnings
 from collections.abc import Set
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,30 +15,62 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from s2seg.errors import ModelError
+from s2seg.errors import ModelError, S2SegWarning
 from s2seg.models.bundle import ModelBundle, cache_folder
 from s2seg.models.runtimes.answers import argmax, softmax, summarize, trim
 from s2seg.models.runtimes.batching import batch_for_caches
+from s2seg.models.runtimes.drivers import may_have_gpu
+from s2seg.models.runtimes.threads import threads_of_process
 
 # onnxruntime's errors have no common base of their own
 ERRORS: tuple[type[Exception], ...] = tuple(
     error for error in vars(state).values() if isinstance(error, type) and issubclass(error, Exception)
 )
 
-
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_UNKNOWN = "its driver or one of its libraries is missing, or of another version"
+
+# an ONNX file whose network is one Identity, from x to y
+_NOTHING = (
+    b'\x08\x08:+\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\t\n\x01x\x12\x04\n\x02\x08\x01'
+    b"b\t\n\x01y\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
 
 
 def choose_device(path: str, device: str) -> str:
-    """Settle ``auto``, and refuse what this onnxruntime lacks; ``path`` is what an error calls the model."""
+    """Settle ``auto``, and refuse what this onnxruntime lacks; ``path`` is what an error calls the model.
+
+    The list of providers tells what onnxruntime was built with, not what the machine has.
+    """
     available = onnxruntime.get_available_providers()
     if device == "auto":
-        return "cuda" if _PROVIDERS["cuda"] in available else "cpu"
+        return "cuda" if _PROVIDERS["cuda"] in available and may_have_gpu() and _cuda_starts() else "cpu"
     kind = device.partition(":")[0]
     if kind in _PROVIDERS and _PROVIDERS[kind] not in available:
         has = {"cuda": "CUDA", "tensorrt": "TensorRT"}[kind]
         raise ModelError(path, f"this onnxruntime has no {has}: pip install onnxruntime-gpu, or use device 'cpu'")
     return device
+
+
+@cache
+def _cuda_starts() -> bool:
+    """Whether CUDA takes a network that does nothing; warns, once, where it does not."""
+    try:
+        start("", _NOTHING, "cuda")
+    except ModelError as error:
+        warnings.warn(f"the GPU is left out: {error.reason}", S2SegWarning, stacklevel=3)
+        return False
+    return True
+
+
+@cache
+def _preload() -> str:
+    """Load CUDA's libraries from where pip puts them, which opening a network does not; return what is missing."""
+    said = io.StringIO()
+    if hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(said):
+            onnxruntime.preload_dlls()
+    return textwrap.shorten(said.getvalue().strip().partition("\n")[0], 400)
 
 
 def providers(device: str) -> list[tuple[str, dict[str, str]]]:
@@ -54,22 +90,34 @@ def providers(device: str) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-def start(path: str, network: Path, device: str = "cpu") -> onnxruntime.InferenceSession:
-    """Open the file ``network`` on a device; ``path`` is what an error calls it."""
+def start(path: str, network: Path | bytes, device: str = "cpu") -> onnxruntime.InferenceSession:
+    """Open a network, a file or its bytes, on a device; ``path`` is what an error calls it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; its warnings are about how the graph was exported
+    options.intra_op_num_threads = threads_of_process() or 0  # zero: as many as it finds cores
     wanted = providers(device)
+    missing = _preload() if device != "cpu" else ""
+    source = network if isinstance(network, bytes) else str(network)
     try:
-        session = onnxruntime.InferenceSession(str(network), options, providers=wanted)
+        # its fallback prints, and runs on the CPU what is called a GPU's
+        session = onnxruntime.InferenceSession(source, options, providers=wanted, enable_fallback=0)
     except ERRORS as error:
         if "external data" in str(error).lower():
             raise ModelError(
                 path, "keeps its weights in other files: export it as one (torch.onnx.export(external_data=False))"
             ) from error
         raise ModelError(path, f"onnxruntime cannot open the network: {one_line(error)}") from error
+    except (RuntimeError, ValueError) as error:  # what a provider says of itself
+        if device == "cpu":
+            raise
+        raise _not_started(path, device, one_line(error)) from error
     if session.get_providers()[0] != wanted[0][0]:  # it goes on without a provider that does not start
-        raise ModelError(path, f"onnxruntime cannot use device {device!r}: use device 'cpu'")
+        raise _not_started(path, device, missing or _UNKNOWN)
     return session
+
+
+def _not_started(path: str, device: str, cause: str) -> ModelError:
+    return ModelError(path, f"onnxruntime cannot use device {device!r} ({cause}): use device 'cpu'")
 
 
 def one_line(error: Exception) -> str:
@@ -91,8 +139,6 @@ class OnnxSession:
     """
 
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
-        if precision != "float32":
-            raise ModelError(bundle.path, f"an ONNX network has its own precision: use 'float32', not {precision!r}")
         self.name = f"onnxruntime {device} {precision}"
         self.parallel = 1 if device == "cpu" else 2  # this machine's processors scale one batch while the GPU runs one
         self._path, self._activation = bundle.path, bundle.spec.activation

@@ -10,7 +10,6 @@ batch run one after the other: a window of 512 px and more is work enough for ev
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,11 +27,12 @@ from openvino import opset13 as ops
 from s2seg.allocator import keep_freed_memory
 from s2seg.errors import ModelError
 from s2seg.models.bundle import ModelBundle, cache_folder
-from s2seg.models.conversion import ConversionError
+from s2seg.models.conversion import ConversionError, missing_extra
 from s2seg.models.export import write_openvino
 from s2seg.models.runtimes.answers import CONFIDENCE_STEPS, PROBABILITY_STEPS
 from s2seg.models.runtimes.batching import batch_for_caches
 from s2seg.models.runtimes.seams import warn_of_seams
+from s2seg.models.runtimes.threads import threads_of_process
 
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _SHAPES = 2
@@ -59,14 +59,10 @@ class OpenVinoSession:
     Raises
     ------
     ConversionError
-        When OpenVINO cannot convert the network, or the processor lacks the precision; torch can still run it.
+        When OpenVINO cannot convert the network; torch can still run it.
     """
 
     def __init__(self, bundle: ModelBundle, device: str, precision: str) -> None:
-        if device != "cpu":
-            raise ConversionError(bundle.path, f"OpenVINO runs on 'cpu' here, not on {device!r}: use runtime 'torch'")
-        if precision == "bfloat16" and not has_bfloat16():
-            raise ConversionError(bundle.path, "this processor has no bfloat16 arithmetic: use precision 'float32'")
         keep_freed_memory()
         self.name = f"openvino {device} {precision}"
         self._path, self._activation = bundle.path, bundle.spec.activation
@@ -75,8 +71,12 @@ class OpenVinoSession:
         self._bundle = bundle
         self._files: dict[int, Path] = {}
         self._scaling = bundle.spec.affine() if bundle.is_onnx else None  # what was converted scales by itself
-        # two processes that pin their threads would pin them to the same cores
-        self._options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[precision], "ENABLE_CPU_PINNING": False} | _threads()
+        self._options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[precision],
+            "ENABLE_CPU_PINNING": False,  # two processes would pin their threads to the same cores
+        }
+        if threads := threads_of_process():
+            self._options["INFERENCE_NUM_THREADS"] = threads
         # what cannot be converted shall be told now
         self._batch = self._fixed_batch(self._file(0 if bundle.spec.blends else bundle.spec.depth))
         if bundle.is_onnx:
@@ -203,12 +203,6 @@ def _core() -> Any:
     return openvino.Core()
 
 
-def _threads() -> dict[str, int]:
-    """As many threads as torch would take where someone has set a number; else OpenVINO's own choice, every core."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return {"INFERENCE_NUM_THREADS": int(wanted)} if wanted.isdecimal() and int(wanted) else {}
-
-
 def _middle(values: Any, shape: tuple[int, int]) -> Any:
     """Cut (..., y, x) to a height and a width, evenly on all sides."""
     have = [values.get_output_partial_shape(0)[axis].get_length() for axis in (-2, -1)]
@@ -283,6 +277,10 @@ def _converted(bundle: ModelBundle, margin: int) -> Path:
     if (folder / _FILE).is_file():
         _warn_of_seams(bundle, folder / _FILE)
         return folder / _FILE
+    if extra := missing_extra("openvino"):
+        raise ModelError(
+            bundle.path, f"runs on OpenVINO once torch has converted it, which is missing: pip install 's2seg[{extra}]'"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:

@@ -151,7 +151,7 @@ class TorchSession:
         if self._device.type == "cpu":
             keep_freed_memory()
         elif precision == "bfloat16" and not has_bfloat16(str(self._device)):
-            raise ModelError(self._path, f"device {self._device} has no bfloat16 arithmetic: use precision 'float32'")
+            raise ModelError(self._path, f"device {self._device} has no bfloat16 arithmetic: use precision 'float16'")
         elif precision == "float32":
             # not around each call: other threads would see it change under them
             torch.backends.cudnn.allow_tf32 = False
