@@ -64,7 +64,7 @@ def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
         figures[case.name] = {"seconds": seconds, "session": session, "whole_and_parts_peak_bytes": peak}
         console.print(f"peak of the process, the pixels of all parts included: {gib(peak)} GiB")
     shutil.rmtree(scratch)
-    return figures | {"from afar": afar.measure(folder, model, console, size, repeats)}
+    return figures | {"from afar": afar.measure(folder, model, console, size, min(repeats, 2))}
 
 
 def _parts(case: Case, model: str, scratch: Path, repeats: int) -> tuple[dict[str, list[float]], str]:
