@@ -15,8 +15,7 @@ from tests.outputs.conftest import codes, grid
 
 
 @pytest.mark.parametrize("side", [1000, 130, 61])
-def test_one_reading_counts_the_codes_and_makes_the_pictures_maps(tmp_path, monkeypatch, side):
-    monkeypatch.setattr(products, "_PICTURE_PIXELS", side)
+def test_one_reading_counts_the_codes_and_makes_the_pictures_maps(tmp_path, side):
     legend = Legend.load("worldcover")
     first = codes(legend, (150, 220), nodata_border=9)
     dates = xr.Dataset(
@@ -26,7 +25,7 @@ def test_one_reading_counts_the_codes_and_makes_the_pictures_maps(tmp_path, monk
     )
     stored = open_stored(write_zarr(dates, tmp_path / "map.zarr")).land_cover
     for maps, values in ((stored, [first, first[::-1]]), (stored[1], [first[::-1]])):
-        counts, small = products._survey(maps)
+        counts, small = products._survey(maps, side)
         np.testing.assert_array_equal(counts, [np.bincount(v.ravel(), minlength=256) for v in values])
         xr.testing.assert_identical(small, thumbnail(maps, side).load())
 

@@ -109,7 +109,7 @@ def test_the_onnx_form_is_a_bundle_that_maps_alike(shallow, tmp_path):
     numbers = smooth_pixels(3, n=2, side=96)
     layers = {"class"}
     expected = open_session(shallow, "torch", "cpu", "float32").classify(numbers, 8, layers)["class"]
-    found = open_session(again).classify(numbers, 8, layers)["class"]
+    found = open_session(again, precision="float32").classify(numbers, 8, layers)["class"]
     assert (found == expected).mean() > 0.9999
     with pytest.raises(OutputError, match="model is there already"):
         export_model(shallow, "onnx", tmp_path / "m")
