@@ -166,9 +166,8 @@ def gpu_annotations(session: SessionRef) -> AbstractContextManager[None]:
 
     ``GPU=2`` lets the numbers of one block cross while another is computed: a trimmed block is one window, and these
     two are all that is on the GPU; windows of a blended block also go in batches. Their probabilities are averaged on
-    the worker's CPU. Dask forgets such bindings when it fuses
-    tasks: :func:`s2seg.outputs.zarr.write_zarr` keeps it from that; to compute a prediction otherwise, pass
-    ``optimize_graph=False``.
+    the worker's CPU. Dask forgets such bindings when it fuses tasks: :func:`s2seg.outputs.zarr.write_zarr` keeps it
+    from that; to compute a prediction otherwise, pass ``optimize_graph=False``.
 
     Parameters
     ----------
