@@ -35,17 +35,21 @@ SCRIPTS = Path(__file__).parent / "peers"
 
 @dataclass(frozen=True)
 class Peer:
-    """A script of ``tests/bench/peers``, what it is told, and where it runs; slow ones run once, after a small map."""
+    """A script of ``tests/bench/peers``, what it is told, and where it runs.
+
+    Slow ones run once, after a small map; those of a full run in no other.
+    """
 
     script: str
     told: dict[str, Any]
     python: Path = PEERS
     slow: bool = False
+    full: bool = False
 
 
 OTHERS = {
     "geo-inference, patch 512": Peer("geo_inference_map", {"patch": 512}, slow=True),
-    "geo-inference, patch 1024": Peer("geo_inference_map", {"patch": 1024}, slow=True),
+    "geo-inference, patch 1024": Peer("geo_inference_map", {"patch": 1024}, slow=True, full=True),
     "odc-stac, map_blocks": Peer("odc_map_blocks", {"core": BLOCK}),
     "plain loop, rasterio": Peer("plain_loop", {"core": BLOCK}, Path(sys.executable)),
 }
@@ -61,9 +65,10 @@ def measure(folder: Path, console: Console, quick: bool, full: bool = False) -> 
     scratch.mkdir()
     expected = fresh(whole_image, catalog, model.path, inner)[0]
     rows = {f"s2seg, {' '.join(way)}": _ours(catalog, model, way, scratch, repeats) for way in WAYS}
-    others = {name: peer for name, peer in OTHERS.items() if peer.python.exists()}
-    if len(others) < len(OTHERS):
-        console.print(f"peers: {', '.join(n for n in OTHERS if n not in others)} are not installed: make bench-peers")
+    wanted = {name: peer for name, peer in OTHERS.items() if full or not peer.full}
+    others = {name: peer for name, peer in wanted.items() if peer.python.exists()}
+    if len(others) < len(wanted):
+        console.print(f"peers: {', '.join(n for n in wanted if n not in others)} are not installed: make bench-peers")
     for name, peer in others.items():
         rows[name] = _theirs(peer, catalog, model, scratch, repeats)
     for row in rows.values():

@@ -30,31 +30,29 @@ CLASS = frozenset({"class"})
 def measure(folder: Path, console: Console, quick: bool) -> dict[str, Any]:
     """Run all measurements of ``runtime``; returns the figures."""
     size = 1024 if quick else 4096
-    windows, repeats = ((512,), 2) if quick else ((512, 2048), 3)
+    window, repeats = (512, 2) if quick else (2048, 3)
     bundle, catalog = fitted_network(folder, 20 if quick else 120), scene(folder, size)
     models = {"onnxruntime": converted(bundle, "onnx")} if "onnxruntime" in available_runtimes() else {}
     table = Table("runtime", "window", "Mpx/s", "min-max", "x torch float32", "peak GiB", "agreement %",
                   title=f"the bare network, in memory, uint16 to classes (median of {repeats})")  # fmt: skip
     rows = []
-    for window in windows:
-        reference: dict[str, Any] = {}
-        for runtime, precision in WAYS:
-            model = str(models.get(runtime, bundle.path))
-            (seconds, codes, why), peak = fresh(_run, catalog, model, runtime, precision, window, repeats)
-            if why:
-                table.add_row(f"{runtime} {precision}", str(window), why)
-                continue
-            speeds = [window**2 * len(codes) / MEGA / s for s in seconds]
-            row = {"name": f"{runtime} {precision} {window}", "mpx_s": speeds, "peak_bytes": peak}
-            reference = reference or row | {"codes": codes}
-            row["agreement"] = float((codes == reference["codes"]).mean())
-            row["ratio"] = float(np.median(speeds) / np.median(reference["mpx_s"]))
-            table.add_row(
-                f"{runtime} {precision}", str(window), *spread(speeds), f"{row['ratio']:.2f}", gib(peak),
-                f"{100 * row['agreement']:.3f}",
-            )  # fmt: skip
-            rows.append(row)
-        table.add_section()
+    reference: dict[str, Any] = {}
+    for runtime, precision in WAYS:
+        model = str(models.get(runtime, bundle.path))
+        (seconds, codes, why), peak = fresh(_run, catalog, model, runtime, precision, window, repeats)
+        if why:
+            table.add_row(f"{runtime} {precision}", str(window), why)
+            continue
+        speeds = [window**2 * len(codes) / MEGA / s for s in seconds]
+        row = {"name": f"{runtime} {precision} {window}", "mpx_s": speeds, "peak_bytes": peak}
+        reference = reference or row | {"codes": codes}
+        row["agreement"] = float((codes == reference["codes"]).mean())
+        row["ratio"] = float(np.median(speeds) / np.median(reference["mpx_s"]))
+        table.add_row(
+            f"{runtime} {precision}", str(window), *spread(speeds), f"{row['ratio']:.2f}", gib(peak),
+            f"{100 * row['agreement']:.3f}",
+        )  # fmt: skip
+        rows.append(row)
     console.print(table, "goal: agreement of 99.99 % in float32, 99.5 % in bfloat16")
     return {"rows": rows}
 
